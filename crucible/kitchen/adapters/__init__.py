@@ -1,0 +1,1 @@
+"""Adapters, one per outside world. Each imports what it needs only when it is used."""

@@ -1,0 +1,180 @@
+"""Supervised fine-tuning, and training from scratch, on conversations."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import jax
+
+from crucible import models, train
+from crucible.kitchen import stages
+from crucible.kitchen.adapters.pretrained import load_pretrained
+from crucible.kitchen.stage import Stage, stage
+from crucible.kitchen.workflow import every, repeat, sequence, when
+
+__all__ = ["PretrainedConfig", "SupervisedConfig", "supervised"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class PretrainedConfig:
+    """A model with weights of its own."""
+
+    source: str = "smollm2"
+    """A Hugging Face directory, a GGUF file, or smollm2 for SmolLM2-135M-Instruct."""
+    dtype: str = "float32"
+    """What the model computes in: float32 or bfloat16."""
+    remat: bool = False
+    """Recompute each block in the backward pass: less memory, about a third more work."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SupervisedConfig:
+    """Settings of supervised training."""
+
+    model: models.DecoderConfig | PretrainedConfig = models.TINY
+    """The model: a shape to train from scratch, over bytes, or pre-trained weights."""
+    lora: models.LoraConfig | None = None
+    """Train a LoRA adapter and leave the model itself as it is."""
+    data: Path | None = None
+    """Conversations, a JSON Lines file; by default the bundled ones."""
+    row_length: int = 512
+    """Tokens in a row of the batch; conversations are packed into rows."""
+    eval_fraction: float = 0.05
+    """The part of the conversations held out for evaluation."""
+    workdir: Path | None = None
+    """The run's own directory; by default runs/NAME/<time>-<id>."""
+    resume: bool = False
+    """Continue the run in workdir (by default the newest) from its last checkpoint."""
+    seed: int = 0
+    """Decides the first weights, the order of the data and what is held out."""
+    num_steps: int = 200
+    """Optimizer steps to take in all."""
+    batch_size: int = 8
+    """Rows in a batch."""
+    microbatches: int = 1
+    """Pieces to compute a batch in, to save memory."""
+    learning_rate: float = 1e-3
+    """The peak learning rate."""
+    warmup_steps: int = 10
+    """Steps of linear warm-up."""
+    decay_steps: int = 0
+    """Steps of cosine decay to a tenth after the warm-up; 0 stays at the peak."""
+    weight_decay: float = 0.01
+    """AdamW's weight decay, of matrices only."""
+    max_grad_norm: float = 1.0
+    """Clip gradients to this global norm; 0 never clips."""
+    log_every: int = 10
+    """Steps between lines on the console and points in TensorBoard; 0 = never."""
+    save_every: int = 100
+    """Steps between checkpoints; 0 = only at the end."""
+    eval_every: int = 50
+    """Steps between evaluations; 0 = never."""
+
+    def __post_init__(self):
+        for name, least in _LEAST.items():
+            value = getattr(self, name)
+            if not value >= least:
+                raise ValueError(f"{name}={value} must be at least {least}.")
+        if not self.learning_rate > 0:
+            raise ValueError(f"learning_rate={self.learning_rate} must be positive.")
+        if not 0 <= self.eval_fraction < 1:
+            raise ValueError(f"eval_fraction={self.eval_fraction} must be in [0, 1).")
+        if self.batch_size % self.microbatches:
+            raise ValueError(
+                f"microbatches={self.microbatches} does not divide batch_size={self.batch_size}."
+            )
+
+
+_LEAST = {
+    "row_length": 2,
+    "seed": 0,
+    "num_steps": 0,
+    "batch_size": 1,
+    "microbatches": 1,
+    "warmup_steps": 0,
+    "decay_steps": 0,
+    "weight_decay": 0,
+    "max_grad_norm": 0,
+    "log_every": 0,
+    "save_every": 0,
+    "eval_every": 0,
+}
+
+
+def supervised(config: SupervisedConfig) -> Stage:
+    """The workflow of supervised training.
+
+    At each step it evaluates and saves if the time has come, takes the step's batch, trains and
+    hands its metrics on; so whatever carries the number of a step describes the state before it.
+    """
+    evaluating = config.eval_every > 0 and config.eval_fraction > 0
+    return sequence(
+        load_model,
+        load_data,
+        make_loss,
+        stages.make_steps,
+        stages.init_state,
+        stages.restore,
+        stages.open_run,
+        repeat(
+            config.num_steps,
+            when(evaluating, every(config.eval_every, stages.evaluate)),
+            every(
+                config.save_every,
+                when(lambda step, first_step: step > first_step, stages.save_checkpoint),
+            ),
+            stages.next_batch,
+            stages.train_step,
+            stages.log_metrics,
+            start=lambda first_step: first_step,
+        ),
+        stages.steps_taken,
+        when(evaluating, stages.evaluate),
+        stages.save_checkpoint,
+    )
+
+
+@stage("model", "tokenizer", "system", "params", "frozen", host=True)
+def load_model(config: SupervisedConfig):
+    """The model's functions, its tokenizer and weights; with LoRA the weights are frozen."""
+    key = jax.random.fold_in(jax.random.key(config.seed), 1)
+    if isinstance(config.model, PretrainedConfig):
+        wanted = config.model
+        model, params, tokenizer, system = load_pretrained(
+            wanted.source, dtype=wanted.dtype, remat=wanted.remat
+        )
+    else:
+        model, tokenizer, system = models.decoder(config.model), models.ByteTokenizer(), None
+        params = model.init(key)
+    if config.lora is None:
+        return model, tokenizer, system, params, None
+    adapter = models.init_lora(config.lora, params, jax.random.fold_in(key, 2))
+    return model, tokenizer, system, adapter, params
+
+
+@stage("data", "batch_at", host=True)
+def load_data(config: SupervisedConfig, model: models.Decoder, tokenizer: train.Tokenizer, system):
+    """The conversations as batches, checked before the first step."""
+    path = train.bundled_conversations() if config.data is None else config.data
+    data = train.load(
+        path,
+        train.chatml(tokenizer, default_system=system),
+        row_length=config.row_length,
+        batch_size=config.batch_size,
+        seed=config.seed,
+        vocab_size=model.config.vocab_size,
+        eval_fraction=config.eval_fraction,
+    )
+    print(f"Data: {data.stats}")
+    return data, data.batch_at
+
+
+@stage("loss_fn", host=True)
+def make_loss(config: SupervisedConfig, model: models.Decoder):
+    """The next-token loss, of the whole model or of its adapter on frozen weights."""
+    plain = train.next_token_loss(model.features, model.head)
+    lora = config.lora
+    if lora is None:
+        return plain
+    return lambda adapter, batch, key, base: plain(models.attach(base, adapter, lora), batch, key)

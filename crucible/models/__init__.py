@@ -1,0 +1,26 @@
+"""What a model is: a decoder as pure functions, LoRA, tokenizers, loading, sampling."""
+
+from crucible.models.decoder import TINY, Decoder, DecoderConfig, RopeScaling, decoder
+from crucible.models.load import Loaded, load, load_config
+from crucible.models.lora import Lora, LoraConfig, attach, init_lora, merge_lora
+from crucible.models.sample import generate
+from crucible.models.tokenizers import ByteTokenizer, HFTokenizer
+
+__all__ = [
+    "TINY",
+    "ByteTokenizer",
+    "Decoder",
+    "DecoderConfig",
+    "HFTokenizer",
+    "Loaded",
+    "Lora",
+    "LoraConfig",
+    "RopeScaling",
+    "attach",
+    "decoder",
+    "generate",
+    "init_lora",
+    "load",
+    "load_config",
+    "merge_lora",
+]

@@ -1,0 +1,43 @@
+"""What a step means: steps, losses, schedules, data, renderers, checkpoints.
+
+Pure functions over arrays and plain values. This room knows Optax, Grain and (in one module)
+Orbax; it knows nothing of models, telemetry or workflows.
+"""
+
+from crucible.train.checkpoints import Checkpoint, latest, list_checkpoints, restore, save
+from crucible.train.data import Data, Stats, bundled_conversations, from_examples, load
+from crucible.train.losses import cross_entropy, linear_cross_entropy, next_token_loss
+from crucible.train.messages import Message, read_conversations
+from crucible.train.packing import pack
+from crucible.train.renderers import Rendered, Renderer, Tokenizer, chatml
+from crucible.train.schedules import adamw, warmup_decay
+from crucible.train.steps import LossFn, Steps, TrainState, make_steps
+
+__all__ = [
+    "Checkpoint",
+    "Data",
+    "LossFn",
+    "Message",
+    "Rendered",
+    "Renderer",
+    "Stats",
+    "Steps",
+    "Tokenizer",
+    "TrainState",
+    "adamw",
+    "bundled_conversations",
+    "chatml",
+    "cross_entropy",
+    "from_examples",
+    "latest",
+    "linear_cross_entropy",
+    "list_checkpoints",
+    "load",
+    "make_steps",
+    "next_token_loss",
+    "pack",
+    "read_conversations",
+    "restore",
+    "save",
+    "warmup_decay",
+]

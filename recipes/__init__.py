@@ -1,0 +1,1 @@
+"""Recipes: configuration only. Run one with `python -m recipes.NAME`."""

@@ -1,0 +1,17 @@
+"""A two-layer byte transformer learns to answer from the bundled conversations.
+
+Run:      python -m recipes.sl_basic
+Change:   python -m recipes.sl_basic --learning-rate 3e-3 --model.layers 4
+Expect:   eval/loss below 9.99 nats/token after 200 steps; about two minutes on two CPU cores.
+"""
+
+from crucible import kitchen, models
+
+RECIPE = kitchen.Recipe(
+    name="sl_basic",
+    workflow=kitchen.supervised,
+    config=kitchen.SupervisedConfig(model=models.TINY, num_steps=200, learning_rate=3e-3),
+)
+
+if __name__ == "__main__":
+    kitchen.main(RECIPE)
