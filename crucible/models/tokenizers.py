@@ -116,6 +116,7 @@ class HFTokenizer:
         backend.no_truncation()
         backend.no_padding()
         self._backend = backend
+        self._vocab_size = 1 + max(backend.get_vocab().values(), default=-1)
         added = backend.get_added_tokens_decoder()
         self._specials = {token.content: i for i, token in sorted(added.items())}
         unknown = getattr(backend.model, "unk_token", None)  # a model may write it for any text
@@ -129,17 +130,20 @@ class HFTokenizer:
     def __repr__(self) -> str:
         return f"HFTokenizer({self.name!r})"
 
-    @cached_property
+    @property
     def name(self) -> str:
         """The model's kind, the size and a digest of the vocabulary: `bpe-49152-1c2d3e4f`."""
-        entries = sorted((i, token) for token, i in self._backend.get_vocab().items())
-        digest = hashlib.sha256(repr(entries).encode()).hexdigest()[:8]
-        return f"{type(self._backend.model).__name__.lower()}-{self.vocab_size}-{digest}"
+        return f"{type(self._backend.model).__name__.lower()}-{self.vocab_size}-{self._digest}"
 
-    @cached_property
+    @property
     def vocab_size(self) -> int:
         """See `Tokenizer.vocab_size`."""
-        return 1 + max(self._backend.get_vocab().values(), default=-1)
+        return self._vocab_size
+
+    @cached_property
+    def _digest(self) -> str:
+        entries = sorted((i, token) for token, i in self._backend.get_vocab().items())
+        return hashlib.sha256(repr(entries).encode()).hexdigest()[:8]
 
     def encode(self, text: str) -> list[int]:
         """See `Tokenizer.encode`."""

@@ -70,7 +70,7 @@ def test_an_empty_file_shows_what_to_write(tmp_path, lines):
         ('{"messages": [{"role": "user"}]}', r"messages\[0\] has no 'content'; .* \['role'\]"),
         (row(weight=0), r"messages\[0\] has a key 'weight' that nothing here reads"),
         (row(role="asistant"), r":3: .*role 'asistant'; .*Did you mean 'assistant'\?"),
-        (row(role="User"), r"role 'User'; .*Did you mean 'user'\?"),
+        (row(role="USER"), r"role 'USER'; .*Did you mean 'user'\?"),
         (row(role="tool"), r"role 'tool'; roles are system, user, assistant\.$"),
         (row(role=None), r"role None; roles are"),
         (row(content=None), r":3: messages\[0\] has a content that is null"),

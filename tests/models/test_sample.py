@@ -1,0 +1,56 @@
+import jax
+import jax.numpy as jnp
+import pytest
+
+from crucible import models
+
+MODEL = models.decoder(models.DecoderConfig(vocab_size=31, width=16, heads=4, mlp_width=24))
+PARAMS = MODEL.init(jax.random.key(0))
+PROMPT = [3, 1, 4, 1, 5]
+
+
+def test_greedy_tokens_are_the_argmax_of_the_whole_sequence():
+    tokens = models.generate(MODEL.apply, PARAMS, PROMPT, max_tokens=6, temperature=0.0)
+    logits = MODEL.apply(PARAMS, jnp.array([PROMPT + tokens]))[0]
+    assert tokens == logits.argmax(-1)[len(PROMPT) - 1 : -1].tolist()
+
+
+def test_a_stop_token_ends_the_text_and_is_returned():
+    free = models.generate(MODEL.apply, PARAMS, PROMPT, max_tokens=8, key=jax.random.key(1))
+    stop = free[3]
+    cut = models.generate(
+        MODEL.apply, PARAMS, PROMPT, max_tokens=8, key=jax.random.key(1), stop_tokens=[stop]
+    )
+    assert cut == free[: free.index(stop) + 1]
+
+
+def test_a_stop_token_at_the_end_of_the_prompt_does_not_stop():
+    assert len(
+        models.generate(
+            MODEL.apply, PARAMS, PROMPT, max_tokens=4, temperature=0.0, stop_tokens=[PROMPT[-1]]
+        )
+    )
+
+
+def test_the_same_key_gives_the_same_text_and_another_another():
+    def text(seed):
+        key = jax.random.key(seed)
+        return models.generate(MODEL.apply, PARAMS, PROMPT, max_tokens=8, key=key)
+
+    assert text(0) == text(0) != text(1)
+
+
+def test_samples_follow_the_distribution():
+    """A model of fixed logits: the frequencies of 400 draws match the softmax."""
+    logits = jnp.log(jnp.array([0.7, 0.2, 0.1]))
+    apply = lambda params, tokens: jnp.broadcast_to(logits, (*tokens.shape, 3))  # noqa: E731
+    tokens = models.generate(apply, {}, [0], max_tokens=400, key=jax.random.key(0))
+    counts = jnp.bincount(jnp.array(tokens), length=3) / 400
+    assert jnp.abs(counts - jnp.exp(logits)).max() < 0.06
+
+
+def test_impossible_requests_are_refused():
+    with pytest.raises(ValueError, match="prompt is empty"):
+        models.generate(MODEL.apply, PARAMS, [], temperature=0.0)
+    with pytest.raises(ValueError, match="needs a key"):
+        models.generate(MODEL.apply, PARAMS, PROMPT)
