@@ -15,6 +15,12 @@ __all__ = ["Context"]
 _ARRAYS = (jax.Array, np.ndarray, np.generic, jax.ShapeDtypeStruct, bool, int, float, complex)
 
 
+def _is_arrays(value: Any) -> bool:
+    if isinstance(value, Iterator):
+        return False
+    return all(isinstance(leaf, _ARRAYS) for leaf in jax.tree.leaves(value))
+
+
 class _Resources(dict):
     """Host objects, compared by identity so that a context can be a jitted function's argument."""
 
@@ -97,7 +103,7 @@ class Context(Mapping[str, Any]):
     def _sorted(self, values):
         slots, resources = dict(self.slots), _Resources(self.resources)
         for name, value in values.items():
-            is_slot = all(isinstance(leaf, _ARRAYS) for leaf in jax.tree.leaves(value))
+            is_slot = _is_arrays(value)
             (slots if is_slot else resources)[name] = value
             (resources if is_slot else slots).pop(name, None)
         return slots, resources

@@ -87,7 +87,7 @@ def main(recipe: Recipe) -> None:
             default=recipe.config,
             prog=program,
             description=description,
-            config=(tyro.conf.AvoidSubcommands, tyro.conf.FlagConversionOff),
+            config=(tyro.conf.AvoidSubcommands,),
         )
     except ValueError as error:  # a field's own check, in __post_init__
         _exit(2, f"{program}: {error}")

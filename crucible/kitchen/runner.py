@@ -232,7 +232,9 @@ def _locate(name: str, config: Any) -> Run:
         raise FileNotFoundError(
             f"--resume: {workdir} has no run in it to continue. Leave --resume out to start one."
         )
-    if not os.access(next(p for p in (workdir, *workdir.absolute().parents) if p.exists()), os.W_OK):
+    if not os.access(
+        next(p for p in (workdir, *workdir.absolute().parents) if p.exists()), os.W_OK
+    ):
         raise PermissionError(f"Cannot write to {workdir}. Choose another --workdir.")
     return Run(recipe=name, workdir=workdir, resumed=bool(config.resume))
 

@@ -96,7 +96,12 @@ def log_metrics(stream: Any, step: int, metrics: Any):
 
 @stage(host=True)
 def evaluate(
-    steps: train.Steps, state: train.TrainState, data: Any, stream: Any, step: int, frozen: Any = None
+    steps: train.Steps,
+    state: train.TrainState,
+    data: Any,
+    stream: Any,
+    step: int,
+    frozen: Any = None,
 ):
     """Measure the held-out batches; they add up, so their sizes do not matter."""
     seen = [

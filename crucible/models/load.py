@@ -106,8 +106,8 @@ def _checked(path: str | Path) -> Path:
 
 def _pickle_refusal(directory: Path, names: list[str]) -> str:
     return (
-        f"{directory} holds its weights in {_some(names)}: pickle files can run code. Convert them "
-        "to safetensors: AutoModelForCausalLM.from_pretrained(directory).save_pretrained(directory)."
+        f"{directory} holds its weights in {_some(names)}: pickle files can run code. Convert to "
+        "safetensors: AutoModelForCausalLM.from_pretrained(path).save_pretrained(path)."
     )
 
 

@@ -9,10 +9,10 @@ from __future__ import annotations
 import difflib
 import hashlib
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any, ClassVar, Protocol
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -69,6 +69,9 @@ class Tokenizer(Protocol):
         ...
 
 
+BYTE_SPECIALS = {"<|pad|>": 256, "<|im_start|>": 257, "<|im_end|>": 258}
+
+
 @dataclass(frozen=True)
 class ByteTokenizer:
     """UTF-8 bytes as ids 0 to 255, then `<|pad|>`, `<|im_start|>` and `<|im_end|>`.
@@ -81,9 +84,8 @@ class ByteTokenizer:
         'hé<|im_end|>'
     """
 
-    name: ClassVar[str] = "bytes"
-    vocab_size: ClassVar[int] = 259
-    _specials: ClassVar[dict[str, int]] = {"<|pad|>": 256, "<|im_start|>": 257, "<|im_end|>": 258}
+    name: str = field(default="bytes", init=False)
+    vocab_size: int = field(default=259, init=False)
 
     def encode(self, text: str) -> list[int]:
         """See `Tokenizer.encode`."""
@@ -91,14 +93,14 @@ class ByteTokenizer:
 
     def decode(self, ids: Iterable[int], *, skip_special: bool = False) -> str:
         """See `Tokenizer.decode`."""
-        specials = {i: b"" if skip_special else s.encode() for s, i in self._specials.items()}
+        specials = {i: b"" if skip_special else s.encode() for s, i in BYTE_SPECIALS.items()}
         unknown = REPLACEMENT.encode()
         pieces = (bytes([i]) if i < 256 else specials.get(i, unknown) for i in _id_list(ids))
         return b"".join(pieces).decode("utf-8", errors="replace")
 
     def token_id(self, special: str) -> int:
         """See `Tokenizer.token_id`."""
-        return _special_id(special, self._specials, self.name)
+        return _special_id(special, BYTE_SPECIALS, self.name)
 
 
 class HFTokenizer:

@@ -160,9 +160,7 @@ class Stream:
         """
         if self._closed:
             return self.close()
-        done: SimpleQueue[None] = SimpleQueue()
-        self._reader.inbox.put(done)
-        done.get()
+        self._reader.ask(end=False)
         self._report()
 
     def close(self) -> None:
@@ -174,7 +172,7 @@ class Stream:
             Exception: a record could not be read, or a required handler failed.
         """
         self._closed = True
-        self._reader.inbox.put(None)
+        self._reader.ask(end=True)
         self._reader.thread.join()
         self._forgotten.detach()
         self._report()
@@ -221,6 +219,13 @@ class _Pushed(NamedTuple):
     leaves: list[Any]
 
 
+class _Asked(NamedTuple):
+    """A request to flush, or to end; `done` gets a token when it is met."""
+
+    done: SimpleQueue[None]
+    end: bool
+
+
 def _make_plan(treedef: Any) -> tuple[_Metric, ...]:
     """Name every metric of a tree, once per structure."""
     numbered = jax.tree.unflatten(treedef, range(treedef.num_leaves))
@@ -260,28 +265,43 @@ class _Reader:
         self.run_id = run_id
         self.handlers = handlers
         self.attempt = attempt
-        self.inbox: SimpleQueue[_Pushed | SimpleQueue[None] | None] = SimpleQueue()
+        self.inbox: SimpleQueue[_Pushed | _Asked] = SimpleQueue()
         self.room: SimpleQueue[None] = SimpleQueue()  # one token for each record that may enter
         for _ in range(max_pending):
             self.room.put(None)
         self.failures: deque[BaseException] = deque()
         self.complaints: deque[str] = deque()
+        self.ended = False
         self.thread = threading.Thread(target=self._run, name=f"telemetry {run_id}", daemon=True)
         self.thread.start()
 
+    def ask(self, *, end: bool) -> None:
+        """From the caller's thread: have everything handled and flushed, and wait for it."""
+        # Not thread.join(): interrupted, it takes the thread for finished (Python 3.11, 3.12).
+        asked = _Asked(SimpleQueue(), end)
+        self.inbox.put(asked)
+        if not self.ended:  # it answers what it finds in the inbox after it has set this
+            asked.done.get()
+
     def _run(self) -> None:
-        """Take a record by reading the one before; a queue asks for a flush, None for the end."""
+        """Handle a record when the next one comes, or a request."""
         held: _Pushed | None = None
-        while True:
+        while not self.ended:
             item = self.inbox.get()
             if held is not None:
                 self._handle(held)
             held = item if isinstance(item, _Pushed) else None
-            if isinstance(item, SimpleQueue):
-                self._each("could not flush", lambda handler: handler.flush())
-                item.put(None)
-            elif item is None:
-                return self._each("could not close", lambda handler: handler.close())
+            if isinstance(item, _Asked):
+                if item.end:
+                    self._each("could not close", lambda handler: handler.close())
+                    self.ended = True
+                else:
+                    self._each("could not flush", lambda handler: handler.flush())
+                item.done.put(None)
+        while not self.inbox.empty():
+            item = self.inbox.get()
+            if isinstance(item, _Asked):
+                item.done.put(None)
 
     def _handle(self, pushed: _Pushed) -> None:
         try:
@@ -357,7 +377,7 @@ def _number(name: str, leaf: Any) -> float:
 
 def _close_forgotten(reader: _Reader) -> None:
     """Close a stream that nobody closed: at collection, or at the end of the program."""
-    reader.inbox.put(None)
+    reader.inbox.put(_Asked(SimpleQueue(), end=True))
     if threading.current_thread() is not reader.thread:
         reader.thread.join(timeout=15)  # seconds; a handler that hangs must not hold the program
     for trouble in (*reader.failures, *reader.complaints):

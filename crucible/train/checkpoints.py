@@ -8,12 +8,15 @@ This is the only module that knows Orbax. Local file systems only.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import operator
 import os
 import shutil
+import signal
+import threading
 import uuid
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -42,8 +45,12 @@ class Checkpoint:
     """When it was saved, ISO-8601, UTC."""
 
 
-def save(run: str | Path, step: int, state: Any, metadata: Mapping[str, Any] | None = None):
+def save(
+    run: str | Path, step: int, state: Any, metadata: Mapping[str, Any] | None = None
+) -> Checkpoint:
     """Save a state, whole or not at all, and wait until it is on disk.
+
+    Ctrl-C is heeded when the checkpoint is complete; a second one at once.
 
     Args:
         run: the run's directory; it is made if need be.
@@ -77,19 +84,22 @@ def save(run: str | Path, step: int, state: Any, metadata: Mapping[str, Any] | N
         raise FileExistsError(f"{final} exists: step {step} of this run is already saved.")
     final.parent.mkdir(parents=True, exist_ok=True)
     temporary = final.with_name(f".tmp-{step}-{uuid.uuid4().hex[:8]}")
-    try:
-        ocp.save(str(temporary.absolute()), state)
-        (temporary / "checkpoint.json").write_text(text)
-        _sync_tree(temporary)
-        temporary.rename(final)
-        _sync(final.parent)
-    except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise
-    _append_index(Path(run) / INDEX, {"name": final.name, "path": f"checkpoints/{final.name}"} | {
-        k: manifest[k] for k in ("step", "saved_at", "metadata")
-    })
-    return _read(final)
+    entry = {"name": final.name, "path": f"checkpoints/{final.name}"}
+    entry |= {k: manifest[k] for k in ("step", "saved_at", "metadata")}
+    with _interrupts_afterwards():
+        try:
+            ocp.save(str(temporary.absolute()), state)
+            (temporary / "checkpoint.json").write_text(text)
+            _sync_tree(temporary)
+            temporary.rename(final)
+            _sync(final.parent)
+        except BaseException:
+            shutil.rmtree(temporary, ignore_errors=True)
+            raise
+        _append_index(Path(run) / INDEX, entry)
+    return Checkpoint(
+        step=step, path=final, metadata=manifest["metadata"], saved_at=manifest["saved_at"]
+    )
 
 
 def restore(run: str | Path, target: Any, step: int | None = None) -> tuple[Any, Checkpoint]:
@@ -198,6 +208,28 @@ def _differences(saved: Mapping[str, list], wanted: Mapping[str, list]) -> list[
                 f"{name}: {say(saved[name])} in the checkpoint, the state has {say(wanted[name])}"
             )
     return lines
+
+
+@contextlib.contextmanager
+def _interrupts_afterwards() -> Iterator[None]:
+    """Hold the first Ctrl-C back until the block is done (in the main thread, which gets them)."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.getsignal(signal.SIGINT)
+    held = []
+
+    def hold(number, frame):
+        held.append((number, frame))
+        signal.signal(signal.SIGINT, before)
+
+    signal.signal(signal.SIGINT, hold)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+    if held and callable(before):
+        before(*held[0])
 
 
 def _append_index(path: Path, entry: Mapping[str, Any]) -> None:

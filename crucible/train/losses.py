@@ -114,17 +114,20 @@ def next_token_loss(features: Callable[..., jax.Array], head: Callable[[Any], ja
 
     Returns:
         A `LossFn`: `(params, batch, key) -> (loss, metrics)`. The batch holds `tokens`, `targets`,
-        `weights` and, for packed rows, `positions` and `segment_ids`, all `[B, T]`. The metrics
-        are `tokens`, the number of supervised tokens.
+        `weights` and, for packed rows, `positions` and `segment_ids` (0 = padding), all
+        `[B, T]`. The metrics are `tokens`, the number that is not padding, and
+        `supervised_tokens`, of a weight other than 0.
     """
 
     def loss_fn(params, batch, key):
         del key  # nothing here is random
-        hidden = features(
-            params, batch["tokens"], batch.get("positions"), batch.get("segment_ids")
-        )
+        tokens, segments = batch["tokens"], batch.get("segment_ids")
+        hidden = features(params, tokens, batch.get("positions"), segments)
         loss = linear_cross_entropy(hidden, head(params), batch["targets"], batch["weights"])
-        return loss, {"tokens": jnp.sum(batch["weights"] != 0)}
+        return loss, {
+            "tokens": jnp.asarray(tokens.size) if segments is None else jnp.sum(segments != 0),
+            "supervised_tokens": jnp.sum(batch["weights"] != 0),
+        }
 
     return loss_fn
 
@@ -184,9 +187,7 @@ def _chunked_nll_forward(chunk, hidden, head, targets):
     starts = _chunk_starts(head.shape[0], chunk)
     (top, total), _ = jax.lax.scan(step, (lowest, jnp.zeros_like(lowest)), starts)
     log_normaliser = top + jnp.log(total)
-    chosen = jnp.sum(
-        hidden.astype(jnp.float32) * head[targets].astype(jnp.float32), axis=-1
-    )
+    chosen = jnp.sum(hidden.astype(jnp.float32) * head[targets].astype(jnp.float32), axis=-1)
     return log_normaliser - chosen, (hidden, head, targets, log_normaliser)
 
 

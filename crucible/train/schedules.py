@@ -13,7 +13,11 @@ __all__ = ["adamw", "warmup_decay"]
 
 
 def warmup_decay(
-    learning_rate: float, *, warmup_steps: int = 0, decay_steps: int = 0, final_fraction: float = 0.1
+    learning_rate: float,
+    *,
+    warmup_steps: int = 0,
+    decay_steps: int = 0,
+    final_fraction: float = 0.1,
 ) -> optax.Schedule:
     """Linear warm-up, then constant, or a cosine down to a fraction.
 

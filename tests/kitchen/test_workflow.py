@@ -150,9 +150,7 @@ def test_a_failed_stage_stops_the_loop():
 
 def test_a_workflow_prints_as_the_expression_that_made_it():
     workflow = sequence(repeat(3, every(2, increment), double), when(lambda x: x > 1, split))
-    assert repr(workflow) == (
-        "sequence(repeat(3, every(2, increment), double), when(λ(x), split))"
-    )
+    assert repr(workflow) == ("sequence(repeat(3, every(2, increment), double), when(λ(x), split))")
 
 
 def test_only_stages_can_be_combined():

@@ -122,7 +122,9 @@ def test_the_program_does_not_grow_with_depth():
     def program_size(layers):
         model = models.decoder(dataclasses.replace(CONFIG, layers=layers))
         shapes = jax.eval_shape(model.init, jax.random.key(0))
-        return len(jax.jit(jax.grad(lambda p: model.apply(p, TOKENS).sum())).lower(shapes).as_text())
+        return len(
+            jax.jit(jax.grad(lambda p: model.apply(p, TOKENS).sum())).lower(shapes).as_text()
+        )
 
     assert program_size(64) < 1.05 * program_size(8)
 

@@ -68,7 +68,11 @@ def test_attaching_leaves_the_base_as_it_was(base, adapter):
 
 @pytest.mark.parametrize(
     ("options", "message"),
-    [({"rank": 0}, "rank=0"), ({"targets": ("q",)}, "'q' is none of them"), ({"targets": ()}, "()")],
+    [
+        ({"rank": 0}, "rank=0"),
+        ({"targets": ("q",)}, "'q' is none of them"),
+        ({"targets": ()}, "()"),
+    ],
 )
 def test_impossible_adapters_are_refused(options, message):
     with pytest.raises(ValueError, match=message):

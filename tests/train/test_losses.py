@@ -79,9 +79,9 @@ def test_a_masked_position_contributes_nothing_not_even_a_nan_gradient(chunk):
 def test_masked_nan_logits_leave_value_and_gradient_alone():
     hidden, head, targets, weights = example()
     logits = (hidden @ head.T).at[0, 0].set(jnp.nan)
-    value, grad = jax.value_and_grad(
-        lambda z: train.cross_entropy(z, targets, weights).total
-    )(logits)
+    value, grad = jax.value_and_grad(lambda z: train.cross_entropy(z, targets, weights).total)(
+        logits
+    )
     assert jnp.isfinite(value)
     assert jnp.isfinite(grad).all()
 
@@ -138,9 +138,7 @@ def test_chunking_takes_at_most_an_eighth_of_the_plain_forms_memory():
 def test_a_frozen_head_costs_no_gradient_memory():
     """LoRA differentiates the hidden states only."""
     vocabulary, width, tokens = 49_152, 576, 64
-    f = jax.jit(
-        jax.grad(lambda h, w, t, m: train.linear_cross_entropy(h, w, t, m).total)
-    )
+    f = jax.jit(jax.grad(lambda h, w, t, m: train.linear_cross_entropy(h, w, t, m).total))
     shapes = (
         jax.ShapeDtypeStruct((tokens, width), jnp.float32),
         jax.ShapeDtypeStruct((vocabulary, width), jnp.float32),
@@ -160,6 +158,9 @@ def test_shapes_that_do_not_belong_together_are_named():
         )
     with pytest.raises(ValueError, match="chunk=0"):
         train.linear_cross_entropy(
-            jnp.zeros((1, 2, 4)), jnp.zeros((7, 4)), jnp.zeros((1, 2), int), jnp.ones((1, 2)),
+            jnp.zeros((1, 2, 4)),
+            jnp.zeros((7, 4)),
+            jnp.zeros((1, 2), int),
+            jnp.ones((1, 2)),
             chunk=0,
         )

@@ -131,9 +131,7 @@ def test_gradients_are_clipped_to_the_global_norm_and_reported_unclipped(params,
 
 def test_a_batch_without_weight_has_a_zero_gradient_and_no_loss(params, batch):
     steps = train.make_steps(quiet, optax.sgd(1.0))
-    state, metrics = steps.train_step(
-        steps.init(params, 0), {**batch, "weights": jnp.zeros(8)}
-    )
+    state, metrics = steps.train_step(steps.init(params, 0), {**batch, "weights": jnp.zeros(8)})
     chex.assert_trees_all_equal(state.params, params)
     assert metrics["loss"].weight == 0
 
@@ -147,9 +145,7 @@ def test_the_learning_rate_reported_is_the_one_used(params, batch):
         state, metrics = steps.train_step(state, batch)
         np.testing.assert_allclose(metrics["learning_rate"].value, expected, rtol=1e-6)
         moved = (before.params["b"] - state.params["b"]) / expected
-        np.testing.assert_allclose(
-            moved, weighted_gradient(before.params, batch)["b"], rtol=1e-3
-        )
+        np.testing.assert_allclose(moved, weighted_gradient(before.params, batch)["b"], rtol=1e-3)
 
 
 def test_donation_consumes_the_state_but_never_the_callers_parameters(params, batch):

@@ -1,0 +1,373 @@
+import dataclasses
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from crucible import kitchen, models, telemetry, train
+from crucible.kitchen import stages
+from tests.conftest import REPOSITORY
+
+TINY = models.DecoderConfig(width=16, layers=1, heads=2, kv_heads=1, mlp_width=32)
+
+
+@pytest.fixture
+def recipe(conversations, tmp_path):
+    config = kitchen.SupervisedConfig(
+        model=TINY,
+        data=conversations,
+        workdir=tmp_path / "run",
+        row_length=64,
+        batch_size=4,
+        num_steps=6,
+        save_every=3,
+        eval_every=4,
+        eval_fraction=0.25,
+        log_every=2,
+    )
+    return kitchen.Recipe(name="small", workflow=kitchen.supervised, config=config)
+
+
+def bits(tree):
+    return [np.asarray(jax.random.key_data(x) if is_key(x) else x).tobytes() for x in leaves(tree)]
+
+
+def leaves(tree):
+    return jax.tree.leaves(tree)
+
+
+def is_key(leaf):
+    return jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
+
+
+def logged(workdir, metric="loss"):
+    """`[(attempt, step, value)]` in the order written."""
+    rows = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+    return [
+        (r["metadata"]["attempt"], r["step"], r["value"]) for r in rows if r["metric"] == metric
+    ]
+
+
+def test_a_run_leaves_config_metrics_tensorboard_checkpoints_and_their_index(recipe):
+    result = kitchen.run(recipe)
+    workdir = result.workdir
+    assert json.loads((workdir / "config.json").read_text())["model"]["width"] == 16
+    assert [step for _, step, _ in logged(workdir)] == [0, 1, 2, 3, 4, 5]
+    assert [step for _, step, _ in logged(workdir, "eval/loss")] == [0, 4, 6]
+    assert [c.step for c in train.list_checkpoints(workdir)] == [3, 6]
+    index = (workdir / "checkpoints.jsonl").read_text().splitlines()
+    assert [json.loads(line)["step"] for line in index] == [3, 6]
+    assert list((workdir / "tensorboard").glob("events*"))
+    line = json.loads((workdir / "metrics.jsonl").read_text().splitlines()[0])
+    assert set(line) == {"run_id", "metric", "value", "step", "timestamp", "metadata"}
+    assert line["run_id"] == "run"
+
+
+def test_the_result_has_the_context_the_history_and_a_plot(recipe):
+    result = kitchen.run(recipe, num_steps=3)
+    steps, losses = result.history["loss"]
+    assert steps.tolist() == [0, 1, 2]
+    assert losses.tolist() == [value for _, _, value in logged(result.workdir)]
+    assert int(result.context["state"].step) == 3
+    axes = result.plot()
+    assert [line.get_label() for line in axes.lines] == ["loss", "eval/loss"]
+    axes.figure.clear()
+
+
+def test_training_learns(recipe):
+    history = kitchen.run(recipe, num_steps=40, learning_rate=1e-2, eval_every=40).history
+    assert history["loss"].values[-1] < 0.6 * history["loss"].values[0]
+    assert history["eval/loss"].values[-1] < 0.6 * history["eval/loss"].values[0]
+
+
+@pytest.mark.parametrize("lora", [None, models.LoraConfig(rank=2)], ids=["full", "lora"])
+def test_a_resumed_run_equals_an_unbroken_one_bit_for_bit(recipe, tmp_path, lora):
+    unbroken = kitchen.run(recipe, lora=lora, workdir=tmp_path / "unbroken")
+    kitchen.run(recipe, lora=lora, num_steps=3)
+    resumed = kitchen.run(recipe, lora=lora, resume=True)
+    # It did resume: the second attempt logged steps 3 to 5, and only these.
+    assert [(a, s) for a, s, _ in logged(resumed.workdir)] == [(0, 0), (0, 1), (0, 2)] + [
+        (1, 3),
+        (1, 4),
+        (1, 5),
+    ]
+    assert [v for *_, v in logged(resumed.workdir)] == [v for *_, v in logged(unbroken.workdir)]
+    assert bits(resumed.context["state"]) == bits(unbroken.context["state"])
+    last = [v for _, s, v in logged(unbroken.workdir, "eval/loss") if s == 6]
+    assert [v for _, s, v in logged(resumed.workdir, "eval/loss") if s == 6] == last
+
+
+def test_a_run_killed_between_checkpoints_repeats_the_lost_steps(recipe, tmp_path):
+    unbroken = kitchen.run(recipe, workdir=tmp_path / "unbroken")
+
+    @kitchen.stage()
+    def power_cut(step):
+        if step == 4:
+            raise KeyboardInterrupt
+
+    original = recipe.workflow
+
+    def cut(config):
+        whole = original(config)
+        loop = next(part for part in whole.parts if part.name == "repeat")
+        at = whole.parts.index(loop)
+        broken = kitchen.repeat(
+            config.num_steps, *loop.parts, power_cut, start=lambda first_step: first_step
+        )
+        return kitchen.sequence(*whole.parts[:at], broken, *whole.parts[at + 1 :])
+
+    with pytest.raises(KeyboardInterrupt) as caught:
+        kitchen.run(dataclasses.replace(recipe, workflow=cut))
+    assert any("Last checkpoint: step 3" in note for note in caught.value.__notes__)
+    resumed = kitchen.run(recipe, resume=True)
+    assert [s for a, s, _ in logged(resumed.workdir) if a == 0] == [0, 1, 2, 3, 4]
+    assert [s for a, s, _ in logged(resumed.workdir) if a == 1] == [3, 4, 5]
+    np.testing.assert_array_equal(resumed.history["loss"].values, unbroken.history["loss"].values)
+    assert bits(resumed.context["state"]) == bits(unbroken.context["state"])
+
+
+def test_a_loop_of_ones_own_ends_in_the_same_bits(recipe):
+    kit = kitchen.steps(recipe)
+    state = kit.state
+    for step in range(6):
+        state, _ = kit.steps.train_step(state, kit.batch_at(step), kit.frozen)
+    assert bits(state) == bits(kitchen.run(recipe).context["state"])
+    assert not kit.state.params["embed"].is_deleted()
+    assert not (recipe.config.workdir / "nothing").exists()
+
+
+def test_taking_the_parts_makes_no_directory(recipe):
+    kitchen.steps(recipe)
+    assert not recipe.config.workdir.exists()
+
+
+def test_the_train_step_compiles_once_in_a_whole_run(recipe):
+    steps = kitchen.run(recipe).context["steps"]
+    assert steps.train_step._cache_size() == 1
+    assert steps.eval_step._cache_size() == 1
+
+
+def test_nothing_crosses_to_or_from_the_device_but_the_batch_and_the_metrics(recipe):
+    """Implicit transfers are forbidden in the loop; the batch's is explicit, the metrics' is made
+    by the stream's own thread."""
+
+    @kitchen.stage()
+    def guard():
+        jax.config.update("jax_transfer_guard", "disallow")
+
+    @kitchen.stage()
+    def unguard():
+        jax.config.update("jax_transfer_guard", "allow")
+
+    def guarded(config):
+        whole = kitchen.supervised(config)
+        at = next(i for i, part in enumerate(whole.parts) if part.name == "repeat")
+        parts = (*whole.parts[:at], guard, whole.parts[at], unguard, *whole.parts[at + 1 :])
+        return kitchen.sequence(*parts)
+
+    try:
+        kitchen.run(dataclasses.replace(recipe, workflow=guarded))
+        jax.config.update("jax_transfer_guard", "disallow")
+        with pytest.raises(Exception, match="[Dd]isallowed host-to-device"):
+            jnp.ones(3) + np.ones(3)
+    finally:
+        jax.config.update("jax_transfer_guard", "allow")
+
+
+def test_lora_trains_the_adapter_only(recipe):
+    result = kitchen.run(recipe, lora=models.LoraConfig(rank=2, targets=("query",)))
+    state, frozen = result.context["state"], result.context["frozen"]
+    assert {path[1].key for path, _ in jax.tree_util.tree_leaves_with_path(state.params)} == {
+        "query"
+    }
+    chex.assert_trees_all_equal(frozen, kitchen.steps(recipe).state.params)
+    table = json.loads((train.latest(result.workdir).path / "checkpoint.json").read_text())[
+        "leaves"
+    ]
+    assert not any("embed" in name for name in table)
+
+
+def test_microbatches_only_change_the_rounding(recipe, tmp_path):
+    whole = kitchen.run(recipe, workdir=tmp_path / "a").history["loss"].values
+    cut = kitchen.run(recipe, workdir=tmp_path / "b", microbatches=2).history["loss"].values
+    np.testing.assert_allclose(whole, cut, rtol=1e-4)
+
+
+def test_a_run_of_no_steps_saves_the_first_state(recipe):
+    result = kitchen.run(recipe, num_steps=0)
+    assert [c.step for c in train.list_checkpoints(result.workdir)] == [0]
+    assert "loss" not in result.history
+
+
+def test_starting_over_in_a_used_directory_names_the_two_ways_out(recipe):
+    kitchen.run(recipe, num_steps=1)
+    before = (recipe.config.workdir / "metrics.jsonl").read_bytes()
+    with pytest.raises(FileExistsError, match=r"has a run in it.*--resume.*--workdir"):
+        kitchen.run(recipe)
+    assert (recipe.config.workdir / "metrics.jsonl").read_bytes() == before
+
+
+def test_there_must_be_a_run_to_resume(recipe, tmp_path, monkeypatch):
+    with pytest.raises(FileNotFoundError, match="no run in it to continue"):
+        kitchen.run(recipe, resume=True)
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(FileNotFoundError, match="no run in runs/small"):
+        kitchen.run(recipe, resume=True, workdir=None)
+
+
+def test_without_a_directory_the_newest_run_is_resumed(recipe, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    kitchen.run(recipe, workdir=None, num_steps=1)
+    newest = kitchen.run(recipe, workdir=None, num_steps=2).workdir
+    assert re.fullmatch(r"runs/small/\d{8}-\d{6}-[0-9a-f]{6}", str(newest))
+    assert kitchen.run(recipe, workdir=None, num_steps=3, resume=True).workdir == newest
+    out = capsys.readouterr().out
+    assert f"Resuming the newest run of small: {newest}" in out
+    assert "num_steps was 2, is 3" in out
+    assert "Restored step 2" in out
+
+
+def test_resuming_on_other_data_is_refused(recipe, conversations):
+    kitchen.run(recipe, num_steps=3)
+    conversations.write_text(conversations.read_text().replace("one?", "1?"))
+    with pytest.raises(ValueError, match="The data is not what .* was trained on"):
+        kitchen.run(recipe, resume=True)
+
+
+def test_resuming_another_model_lists_what_differs(recipe):
+    kitchen.run(recipe, num_steps=3)
+    with pytest.raises(
+        ValueError, match=r"embed.*float32\[259, 16\].*the state has float32\[259, 8"
+    ):
+        kitchen.run(recipe, resume=True, model={"width": 8})
+
+
+def spoil(text):
+    return lambda path: path.write_text(text)
+
+
+@pytest.mark.parametrize(
+    ("damage", "overrides", "message"),
+    [
+        (spoil(""), {}, "holds no conversation"),
+        (lambda path: path.unlink(), {}, "conversations.jsonl"),
+        (lambda p: p.write_text(p.read_text() + '{"messages": [\n'), {}, ":25"),
+        (lambda p: p.write_text(p.read_text().replace("assistant", "asistant")), {}, "asistant"),
+        (
+            lambda p: p.write_text(p.read_text().replace("assistant", "user")),
+            {},
+            "[Nn]o supervised",
+        ),
+        (None, {"batch_size": 4000}, "batch_size=4000"),
+        (None, {"model": {"vocab_size": 100}}, "vocabulary has 100 entries"),
+        (None, {"model": {"heads": 3}}, "heads=3"),
+        (None, {"learning_rate": -1.0}, "learning_rate=-1.0 must be positive"),
+        (None, {"microbatches": 3}, "microbatches=3 does not divide batch_size=4"),
+        (None, {"row_length": 4}, "[Nn]o supervised"),
+        (None, {"model": kitchen.PretrainedConfig(source="/nowhere")}, "/nowhere"),
+    ],
+)
+def test_bad_input_is_a_clear_error_before_the_first_step(
+    recipe, conversations, damage, overrides, message
+):
+    if damage:
+        damage(conversations)
+    with pytest.raises((ValueError, OSError), match=message):
+        kitchen.run(recipe, **overrides)
+    assert not recipe.config.workdir.exists()  # so the corrected command just works
+
+
+def test_a_misspelt_field_is_answered(recipe):
+    with pytest.raises(TypeError, match="Did you mean 'learning_rate'"):
+        kitchen.run(recipe, learning_rat=1.0)
+
+
+COMMAND = [sys.executable, "-m", "recipes.sl_basic", "--num-steps", "100000", "--save-every", "5"]
+COMMAND += ["--eval-every", "0", "--model.width", "16", "--model.layers", "1", "--row-length", "64"]
+
+
+def test_ctrl_c_ends_cleanly_and_the_run_goes_on_afterwards(conversations, tmp_path):
+    workdir = tmp_path / "run"
+    command = [*COMMAND, "--data", str(conversations), "--workdir", str(workdir)]
+    child = subprocess.Popen(
+        command, cwd=REPOSITORY, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    try:
+        deadline = time.monotonic() + 120
+        while len(train.list_checkpoints(workdir)) < 2 and child.poll() is None:
+            assert time.monotonic() < deadline
+            time.sleep(0.1)
+        child.send_signal(signal.SIGINT)
+        out, err = child.communicate(timeout=30)
+    finally:
+        child.kill()
+    assert child.returncode == 130, err
+    assert "Traceback" not in err
+    assert re.search(r"Interrupted.*--resume", err, re.DOTALL)
+    saved = train.latest(workdir)
+    steps = [step for _, step, _ in logged(workdir)]
+    assert steps == list(range(len(steps)))
+    assert steps[-1] >= saved.step - 1
+    assert not [p.name for p in (workdir / "checkpoints").iterdir() if p.name.startswith(".tmp")]
+    stop = str(steps[-1] + 3)
+    done = subprocess.run(
+        [*command, "--resume", "--num-steps", stop], cwd=REPOSITORY, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    assert f"Restored step {saved.step}" in done.stdout
+    assert telemetry.history(workdir / "metrics.jsonl")["loss"].steps[-1] == int(stop) - 1
+
+
+def run_module(*arguments):
+    return subprocess.run(
+        [sys.executable, "-m", "recipes.sl_basic", *arguments],
+        cwd=REPOSITORY,
+        capture_output=True,
+        text=True,
+        env={**os.environ, "COLUMNS": "100"},
+    )
+
+
+def test_the_command_line_helps_and_answers_mistakes():
+    shown = run_module("--help")
+    assert shown.returncode == 0
+    for option in ("--workdir", "--resume", "--num-steps", "--learning-rate", "--model.layers"):
+        assert option in shown.stdout
+    assert "The peak learning rate" in shown.stdout
+    assert "Expect:" in shown.stdout
+    misspelt = run_module("--learning-rat", "1")
+    assert misspelt.returncode == 2
+    assert "--learning-rate" in misspelt.stderr
+    wrong = run_module("--learning-rate", "-1")
+    assert wrong.returncode == 2
+    assert "learning_rate=-1.0 must be positive" in wrong.stderr
+    assert "Traceback" not in wrong.stderr
+    missing = run_module("--data", "/nowhere/x.jsonl")
+    assert missing.returncode == 1
+    assert "/nowhere/x.jsonl" in missing.stderr
+    assert "Traceback" not in missing.stderr
+
+
+def test_the_stages_compose_by_hand(recipe):
+    """The second way in: the same stages, one's own workflow."""
+    by_hand = kitchen.sequence(
+        *kitchen.supervised(recipe.config).parts[:5],
+        stages.restore,
+        stages.open_run,
+        kitchen.repeat(6, stages.next_batch, stages.train_step, stages.log_metrics),
+        stages.steps_taken,
+        stages.save_checkpoint,
+    )
+    mine = kitchen.Recipe(name="mine", workflow=lambda config: by_hand, config=recipe.config)
+    a = kitchen.run(mine)
+    b = kitchen.run(recipe, workdir=recipe.config.workdir.with_name("other"))
+    assert bits(a.context["state"]) == bits(b.context["state"])
