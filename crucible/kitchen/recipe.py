@@ -80,7 +80,8 @@ def main(recipe: Recipe) -> None:
     from crucible.kitchen.runner import run
 
     program = f"python -m recipes.{recipe.name}"
-    description = sys.modules["__main__"].__doc__
+    lines = (sys.modules["__main__"].__doc__ or "").splitlines()
+    description = "\n\n".join(filter(None, lines))  # each its own paragraph: none are joined
     try:
         config = tyro.cli(
             type(recipe.config),

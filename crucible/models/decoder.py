@@ -13,7 +13,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -68,7 +68,7 @@ class DecoderConfig:
     """Whether the output head is the embedding."""
     remat: bool = False
     """Recompute each block in the backward pass: less memory, about a third more work."""
-    dtype: str = "float32"
+    dtype: Literal["float32", "bfloat16"] = "float32"
     """What blocks compute in: float32 or bfloat16 (norms and softmax stay in float32)."""
 
     def __post_init__(self):

@@ -7,7 +7,6 @@ What the decoder cannot do is an error before any weight is read.
 from __future__ import annotations
 
 import json
-import reprlib
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from pathlib import Path
@@ -220,7 +219,6 @@ GGUF_OPTIONAL = ("num_key_value_heads", "head_dim", "rope_theta")
 
 def _hf_config(file: Path, values: Mapping[str, Any]) -> DecoderConfig:
     rope = {"rope_theta": values.get("rope_theta") or 10_000.0}
-    rope |= {"partial_rotary_factor": values.get("partial_rotary_factor")}
     # transformers 5 writes rope_parameters, older versions rope_theta and rope_scaling
     rope |= (values.get("rope_parameters") or {}) | (values.get("rope_scaling") or {})
     rope["rope_type"] = rope.get("rope_type") or rope.get("type") or "default"
@@ -259,7 +257,7 @@ def _hf_config(file: Path, values: Mapping[str, Any]) -> DecoderConfig:
 
 def _refuse(file: Path, values: Mapping[str, Any], allowed: Mapping[Any, tuple]) -> None:
     told = [
-        f"{key}={reprlib.repr(values.get(key))} "
+        f"{key}={values.get(key)!r:.80} "
         f"(only {' or '.join(repr(v) for v in good if v is not None) or 'without it'})"
         for key, good in allowed.items()
         if not any(values.get(key) == value for value in good)

@@ -15,7 +15,7 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 
-__all__ = ["LoraConfig", "Lora", "attach", "init_lora", "merge_lora", "project"]
+__all__ = ["Lora", "LoraConfig", "attach", "init_lora", "merge_lora", "project"]
 
 PROJECTIONS = ("query", "key", "value", "output", "gate", "up", "down")
 

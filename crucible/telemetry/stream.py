@@ -118,8 +118,10 @@ class Stream:
             if lacks:
                 raise TypeError(f"handler {handler!r} lacks {', '.join(lacks)}; see Handler.")
         self._closed = False
+        self._max_pending = max_pending
+        self._pushed = 0  # an interrupt may leave it one short, which only widens the bound
         self._plans: dict[Any, tuple[_Metric, ...]] = {}
-        self._reader = _Reader(run_id, list(handlers), attempt, max_pending)
+        self._reader = _Reader(run_id, list(handlers), attempt)
         self._forgotten = weakref.finalize(self, _close_forgotten, self._reader)
 
     def push(self, step: Any, metrics: Any) -> None:
@@ -147,9 +149,13 @@ class Stream:
         plan = self._plans.get(treedef)
         if plan is None:
             plan = self._plans[treedef] = _make_plan(treedef)
-        self._reader.room.get()
-        self._reader.inbox.put(_Pushed(step, time.time(), plan, leaves))
-        if self._reader.failures or self._reader.complaints:
+        reader = self._reader
+        least = self._pushed + 1 - self._max_pending
+        if reader.handled < least:
+            reader.wait_for(least)
+        reader.inbox.put(_Pushed(step, time.time(), plan, leaves))
+        self._pushed += 1
+        if reader.failures or reader.complaints:
             self._report()
 
     def flush(self) -> None:
@@ -241,15 +247,11 @@ def _make_plan(treedef: Any) -> tuple[_Metric, ...]:
         if not isinstance(total, int) or (isinstance(node, Mean) and not isinstance(weight, int)):
             raise ValueError(f"metric {name!r} is a Mean of a tree: push a Mean of one scalar")
         if name in plan:
-            raise ValueError(f"two metrics are named {name!r}: {_paths(nodes, name)}. Rename one.")
+            raise ValueError(
+                f"two metrics are named {name!r}, as in {{'a': {{'b': 1}}, 'a/b': 2}}. Rename one."
+            )
         plan[name] = _Metric(name, total, weight)
     return tuple(plan.values())
-
-
-def _paths(nodes: Sequence[tuple[Any, Any]], name: str) -> str:
-    keystr = jax.tree_util.keystr
-    same = [keystr(p) for p, _ in nodes if keystr(p, simple=True, separator="/") == name]
-    return " and ".join(f"metrics{path}" for path in same)
 
 
 class _Reader:
@@ -259,16 +261,13 @@ class _Reader:
     the training loop cannot leave a lock held.
     """
 
-    def __init__(
-        self, run_id: str, handlers: list[Handler], attempt: int, max_pending: int
-    ) -> None:
+    def __init__(self, run_id: str, handlers: list[Handler], attempt: int) -> None:
         self.run_id = run_id
         self.handlers = handlers
         self.attempt = attempt
         self.inbox: SimpleQueue[_Pushed | _Asked] = SimpleQueue()
-        self.room: SimpleQueue[None] = SimpleQueue()  # one token for each record that may enter
-        for _ in range(max_pending):
-            self.room.put(None)
+        self.handled = 0
+        self.waiter: SimpleQueue[None] | None = None  # gets a token when a record is handled
         self.failures: deque[BaseException] = deque()
         self.complaints: deque[str] = deque()
         self.ended = False
@@ -282,6 +281,15 @@ class _Reader:
         self.inbox.put(asked)
         if not self.ended:  # it answers what it finds in the inbox after it has set this
             asked.done.get()
+
+    def wait_for(self, handled: int) -> None:
+        """From the caller's thread: wait until so many records are handled."""
+        self.waiter = waiter = SimpleQueue()
+        try:
+            while self.handled < handled:  # a record handled after this look finds the waiter
+                waiter.get()
+        finally:
+            self.waiter = None
 
     def _run(self) -> None:
         """Handle a record when the next one comes, or a request."""
@@ -318,7 +326,10 @@ class _Reader:
             what = f"failed at step {record.step}"
             self._each(what, lambda handler: handler(record))
         finally:
-            self.room.put(None)
+            self.handled += 1
+            waiter = self.waiter
+            if waiter is not None:
+                waiter.put(None)
 
     def _each(self, what: str, call: Callable[[Handler], None]) -> None:
         """Call every handler. The thread must outlive whatever they raise."""

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from gguf import GGMLQuantizationType, GGUFReader, GGUFWriter, quants
+from gguf import GGMLQuantizationType, GGUFReader, GGUFValueType, GGUFWriter, quants
 from safetensors.numpy import load_file, save_file
 
 from crucible.models import RopeScaling, decoder, load, load_config
@@ -53,28 +53,23 @@ def with_tensors(tmp_path: Path, change) -> Path:
     return tmp_path
 
 
-def with_metadata(tmp_path: Path, tensors=None, **changes) -> Path:
-    """A copy of the tiny GGUF file; a key is written `llama_block_count`, and None removes it."""
-    reader = GGUFReader(TINY)
-    path = tmp_path / "changed.gguf"
-    written = {key.replace("_", "."): value for key, value in changes.items()}
-    writer = GGUFWriter(path, written.pop("general.architecture", "llama"))
-    fields = {k: (f.contents(), f.types[0], f.types[-1]) for k, f in reader.fields.items()}
+def with_metadata(tmp_path: Path, changes=None, tensors=None) -> Path:
+    """A copy of the tiny GGUF file with other metadata (None removes a key) and more tensors."""
+    reader, path = GGUFReader(TINY), tmp_path / "changed.gguf"
+    fields = {
+        key: (field.contents(), field.types[0], field.types[-1] if len(field.types) > 1 else None)
+        for key, field in reader.fields.items()
+        if not key.startswith("GGUF.")
+    }
+    string = GGUFValueType.STRING
+    kinds = {int: GGUFValueType.UINT32, str: string, type(None): string}
+    for key, value in (changes or {}).items():
+        fields[key] = (value, kinds[type(value)], None)
+    architecture = fields.pop("general.architecture")[0]
+    writer = GGUFWriter(path, architecture)
     for key, (value, kind, item) in fields.items():
-        plain = key.replace("_", ".")
-        if (
-            key.startswith("GGUF.")
-            or key == "general.architecture"
-            or written.get(plain, 0) is None
-        ):
-            continue
-        writer.add_key_value(key, written.pop(plain, value), kind, item if kind == 9 else None)
-    for key, value in written.items():
         if value is not None:
-            getattr(
-                writer,
-                f"add_{type(value).__name__.replace('str', 'string').replace('int', 'uint32').replace('float', 'float32')}",
-            )(key, value)
+            writer.add_key_value(key, value, kind, item)
     for tensor in reader.tensors:
         writer.add_tensor(tensor.name, np.array(tensor.data), raw_dtype=tensor.tensor_type)
     for name, value in (tensors or {}).items():
@@ -110,7 +105,7 @@ def test_every_weight_reaches_the_logits():
     loaded = load(ROPE)
     tokens = jnp.asarray(saved_logits(ROPE)[0])
     apply = decoder(loaded.config).apply
-    gradient = jax.grad(lambda p: jnp.square(apply(p, tokens)).mean())(loaded.params)
+    gradient = jax.jit(jax.grad(lambda p: jnp.square(apply(p, tokens)).mean()))(loaded.params)
     for leaf in jax.tree.leaves(gradient["layers"]):
         assert all(jnp.abs(layer).max() > 0 for layer in leaf)
     assert jnp.abs(gradient["final_norm"]).min() > 0
@@ -119,7 +114,7 @@ def test_every_weight_reaches_the_logits():
 
 def test_the_rope_fixture_would_notice_missing_scaling():
     config = dataclasses.replace(load_config(ROPE), rope_scaling=None)
-    tokens, at, expected = saved_logits(ROPE)
+    _, at, expected = saved_logits(ROPE)
     assert at.max() > 64  # past the original length
     assert np.abs(logits_of(ROPE, config) - expected).max() > 0.1
 
@@ -198,6 +193,14 @@ def test_a_rope_theta_is_read_wherever_it_stands(tmp_path):
     assert load_config(with_config(TIED, tmp_path, without=["rope_theta"])).rope_theta == 10_000.0
 
 
+def test_an_original_length_left_out_is_the_longest_position(tmp_path):
+    rope = json.loads((ROPE / "config.json").read_text())["rope_parameters"]
+    del rope["original_max_position_embeddings"]
+    config = load_config(with_config(ROPE, tmp_path, rope_parameters=rope))
+    assert config.rope_scaling is not None
+    assert config.rope_scaling.original_max_length == 512
+
+
 def test_what_config_json_leaves_out_takes_transformers_defaults(tmp_path):
     optional = ["num_key_value_heads", "head_dim", "rms_norm_eps", "tie_word_embeddings"]
     config = load_config(with_config(ROPE, tmp_path, without=optional))
@@ -212,7 +215,7 @@ def test_what_config_json_leaves_out_takes_transformers_defaults(tmp_path):
         ({"model_type": None}, r"model_type=None \(only 'llama'\)"),
         (
             {"architectures": ["LlamaForSequenceClassification"]},
-            r"architectures=\['LlamaForSequenceC.*\] \(only \['LlamaForCausalLM'\]\)",
+            r"architectures=\['LlamaForSequenceClassification'\] \(only \['LlamaForCausalLM'\]\)",
         ),
         ({"attention_bias": True}, r"attention_bias=True \(only False\)"),
         ({"mlp_bias": True}, r"mlp_bias=True"),
@@ -245,22 +248,22 @@ def test_what_the_decoder_cannot_do_is_refused_with_key_and_value(tmp_path, chan
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"general_architecture": "qwen2"}, r"general.architecture='qwen2' \(only 'llama'\)"),
-        ({"llama_expert_count": 8}, r"llama.expert_count=8 \(only 0\)"),
-        ({"llama_rope_scaling_type": "yarn"}, r"llama.rope.scaling.type='yarn' \(only 'none'\)"),
-        ({"llama_rope_dimension_count": 8}, r"llama.rope.dimension_count=8 \(only 16\)"),
-        ({"llama_attention_sliding_window": 4}, r"attention.sliding.window=4|sliding_window=4"),
-        ({"llama_embedding_length": None}, r"lacks llama.embedding_length"),
-        ({"tokenizer_ggml_pre": "qwen2"}, r"tokenizer.ggml.pre='qwen2'"),
+        ({"general.architecture": "qwen2"}, r"general.architecture='qwen2' \(only 'llama'\)"),
+        ({"llama.expert_count": 8}, r"llama.expert_count=8 \(only 0\)"),
+        ({"llama.rope.scaling.type": "yarn"}, r"llama.rope.scaling.type='yarn' \(only 'none'\)"),
+        ({"llama.rope.dimension_count": 8}, r"llama.rope.dimension_count=8 \(only 16\)"),
+        ({"llama.attention.sliding_window": 4}, r"llama.attention.sliding_window=4 \(only 0\)"),
+        ({"llama.embedding_length": None}, r"lacks llama.embedding_length"),
+        ({"tokenizer.ggml.pre": "qwen2"}, r"tokenizer.ggml.pre='qwen2'"),
     ],
 )
 def test_a_gguf_file_of_another_kind_is_refused_with_key_and_value(tmp_path, changes, message):
     with pytest.raises(ValueError, match=message):
-        load(with_metadata(tmp_path, **changes))
+        load(with_metadata(tmp_path, changes))
 
 
 def test_an_older_gguf_takes_its_vocabulary_size_from_its_tokens(tmp_path):
-    assert load_config(with_metadata(tmp_path, llama_vocab_size=None)) == load_config(TINY)
+    assert load_config(with_metadata(tmp_path, {"llama.vocab_size": None})) == load_config(TINY)
 
 
 # Tensors that do not fit.

@@ -120,7 +120,7 @@ def test_a_push_makes_no_transfer():
             stream.push(7, metrics)
         stream.flush()
         with pytest.raises(Exception, match="Disallowed host-to-device transfer"):
-            jnp.ones(2) + np.ones(2)  # the caller's guard still stands
+            jnp.add(jnp.ones(2), np.ones(2))  # the caller's guard still stands
     assert kept.records[-1].values == {"loss": 1.0, "tokens": 4.0}
 
 
@@ -381,7 +381,7 @@ def test_what_is_not_a_number_is_named(metrics, message):
     [
         (1.0, "a metric needs a name"),
         (Mean(1.0, 1.0), "a metric needs a name"),
-        ({"a": {"b": 1.0}, "a/b": 2.0}, r"two metrics are named 'a/b': metrics\['a'\]\['b'\] and"),
+        ({"a": {"b": 1.0}, "a/b": 2.0}, "two metrics are named 'a/b'"),
         ({"grads": Mean({"w": 1.0}, 1.0)}, "metric 'grads' is a Mean of a tree"),
     ],
 )

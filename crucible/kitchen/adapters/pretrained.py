@@ -9,7 +9,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from crucible import models
 
@@ -21,7 +21,7 @@ SMOLLM2_SYSTEM = "You are a helpful AI assistant named SmolLM, trained by Huggin
 
 
 def load_pretrained(
-    source: str, *, dtype: str = "float32", remat: bool = False
+    source: str, *, dtype: Literal["float32", "bfloat16"] = "float32", remat: bool = False
 ) -> tuple[models.Decoder, Any, Any, str | None]:
     """Load weights and everything that belongs to them.
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import jax
 
@@ -22,7 +23,7 @@ class PretrainedConfig:
 
     source: str = "smollm2"
     """A Hugging Face directory, a GGUF file, or smollm2 for SmolLM2-135M-Instruct."""
-    dtype: str = "float32"
+    dtype: Literal["float32", "bfloat16"] = "float32"
     """What the model computes in: float32 or bfloat16."""
     remat: bool = False
     """Recompute each block in the backward pass: less memory, about a third more work."""
