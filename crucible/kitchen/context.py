@@ -21,14 +21,18 @@ def _is_arrays(value: Any) -> bool:
     return all(isinstance(leaf, _ARRAYS) for leaf in jax.tree.leaves(value))
 
 
-class _Resources(dict):
+class _ByIdentity:
     """Host objects, compared by identity so that a context can be a jitted function's argument."""
 
+    def __init__(self, values: Mapping[str, Any]):
+        self.values = values
+        self._identity = frozenset((name, id(value)) for name, value in values.items())
+
     def __eq__(self, other):
-        return self.keys() == other.keys() and all(self[k] is other[k] for k in self)
+        return isinstance(other, _ByIdentity) and self._identity == other._identity
 
     def __hash__(self):
-        return hash(frozenset((k, id(v)) for k, v in self.items()))
+        return hash(self._identity)
 
 
 @jax.tree_util.register_pytree_with_keys_class
@@ -54,7 +58,7 @@ class Context(Mapping[str, Any]):
     resources: Mapping[str, Any]
 
     def __init__(self, **values: Any):
-        self._set({}, _Resources())
+        self._set({}, {})
         self._set(*self._sorted(values))
 
     def replace(self, **values: Any) -> Context:
@@ -92,16 +96,16 @@ class Context(Mapping[str, Any]):
         """Slots are the leaves, by name; resources are static."""
         names = tuple(sorted(self.slots))
         children = [(jax.tree_util.DictKey(name), self.slots[name]) for name in names]
-        return children, (names, self.resources)
+        return children, (names, _ByIdentity(self.resources))
 
     @classmethod
     def tree_unflatten(cls, static, children):
         """Rebuild from leaves, whatever a transformation has put there."""
         names, resources = static
-        return cls._make(dict(zip(names, children, strict=True)), resources)
+        return cls._make(dict(zip(names, children, strict=True)), resources.values)
 
     def _sorted(self, values):
-        slots, resources = dict(self.slots), _Resources(self.resources)
+        slots, resources = dict(self.slots), dict(self.resources)
         for name, value in values.items():
             is_slot = _is_arrays(value)
             (slots if is_slot else resources)[name] = value

@@ -7,7 +7,7 @@ import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from crucible.kitchen.stage import Stage
 from crucible.kitchen.words import did_you_mean
@@ -104,6 +104,6 @@ def main(recipe: Recipe) -> None:
         _exit(1, "\n".join([f"{program}: {error}", *notes]))
 
 
-def _exit(code: int, message: str) -> None:
+def _exit(code: int, message: str) -> NoReturn:
     print(message, file=sys.stderr)
     sys.exit(code)

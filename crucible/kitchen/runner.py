@@ -198,7 +198,7 @@ def steps(recipe: Recipe, **overrides: Any) -> Kit:
         context = part(context)
         if all(name in context for name in ("steps", "state", "batch_at")):
             break
-    frozen = context["frozen"] if "frozen" in context else None
+    frozen = context.get("frozen")
     return Kit(context["steps"], context["state"], context["batch_at"], frozen, context)
 
 

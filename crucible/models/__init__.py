@@ -4,7 +4,12 @@ from crucible.models.decoder import TINY, Decoder, DecoderConfig, RopeScaling, d
 from crucible.models.load import Loaded, load, load_config
 from crucible.models.lora import Lora, LoraConfig, attach, init_lora, merge_lora
 from crucible.models.sample import generate
-from crucible.models.tokenizers import ByteTokenizer, HFTokenizer
+from crucible.models.tokenizers import (
+    ByteTokenizer,
+    HFTokenizer,
+    Tokenizer,
+    tokenizer_from_file,
+)
 
 __all__ = [
     "TINY",
@@ -16,6 +21,7 @@ __all__ = [
     "Lora",
     "LoraConfig",
     "RopeScaling",
+    "Tokenizer",
     "attach",
     "decoder",
     "generate",
@@ -23,4 +29,5 @@ __all__ = [
     "load",
     "load_config",
     "merge_lora",
+    "tokenizer_from_file",
 ]

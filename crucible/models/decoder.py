@@ -161,7 +161,7 @@ def _init(config: DecoderConfig, key: jax.Array) -> dict:
         "up": (config.width, config.mlp_width),
         "down": (config.mlp_width, config.width),
     }
-    keys = dict(zip([*shapes, "embed", "head"], jax.random.split(key, len(shapes) + 2)))
+    keys = {name: jax.random.fold_in(key, i) for i, name in enumerate([*shapes, "embed", "head"])}
     residual = {"output", "down"}
 
     def matrix(name):

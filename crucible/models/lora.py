@@ -64,8 +64,9 @@ def init_lora(config: LoraConfig, base: Mapping[str, Any], key: jax.Array) -> di
         `{"layers": {name: {"a": [L, in, rank], "b": [L, rank, out]}}}` in float32.
     """
     adapter = {}
-    for name, name_key in zip(config.targets, jax.random.split(key, len(config.targets))):
+    for name in config.targets:
         layers, fan_in, fan_out = base["layers"][name].shape
+        name_key = jax.random.fold_in(key, PROJECTIONS.index(name))
         a = jax.random.normal(name_key, (layers, fan_in, config.rank)) * fan_in**-0.5
         adapter[name] = {"a": a, "b": jnp.zeros((layers, config.rank, fan_out))}
     return {"layers": adapter}

@@ -29,14 +29,15 @@ class ConsoleSink:
 
     In a terminal and in a notebook it is one line, redrawn in place. Piped, it is a line every
     `every` steps and one for the last step. An evaluation (names that start with "eval/") always
-    gets a line of its own. What was not measured is not shown.
+    gets a line of its own, without its counts of tokens. What was not measured is not shown.
 
-    The rate is over the last five seconds of records; it needs a metric `tokens`, the sum of the
-    tokens in a step.
+    A line carries its record's step, up to `total_steps - 1`; a bar counts the steps done.
+    The rate is over the last five seconds of training, evaluations not counted, and needs a metric
+    `tokens`, the sum of the tokens in a step.
 
     Args:
-        total_steps: the step at which the run ends.
-        start_step: the step it starts from.
+        total_steps: optimizer steps taken when the run ends.
+        start_step: optimizer steps taken when it starts.
         every: steps between two plain lines; 0 = the last only.
         title: shown before the bar.
         show: the metrics to show, in this order.
@@ -68,19 +69,23 @@ class ConsoleSink:
         self._total, self._every, self._show = total_steps, every, tuple(show)
         self._face, self._is_live = _choose_face(stream, title)
         self._window: deque[tuple[float, int, float]] = deque()  # time, step, tokens so far
+        self._evaluating = 0.0  # seconds in all, which the window's times leave out
         self._latest: tuple[int, Mapping[str, float]] | None = None  # not shown yet
         self._drawn = -_REDRAW
         if self._is_live:
-            self._face.show(start_step, total_steps, "")
+            self._face.show(start_step - 1, total_steps, "")
         weakref.finalize(self, self._face.close)  # a forgotten bar must not keep the cursor
 
     def __call__(self, record: Record) -> None:
         """Show one record, or keep it for the next drawing."""
         evaluation = {n: v for n, v in record.values.items() if n.startswith(_EVAL)}
         if evaluation:
-            numbers = "  ".join(f"{n} {_format(v)}" for n, v in evaluation.items())
+            shown = {n: v for n, v in evaluation.items() if not n.endswith("tokens")}
+            numbers = "  ".join(f"{n} {_format(v)}" for n, v in shown.items())
             self.print(f"step {record.step}  {numbers}")
         if len(evaluation) == len(record.values):
+            if self._window:
+                self._evaluating = record.timestamp - self._window[-1][0]
             return
         self._measure(record)
         self._latest = record.step, record.values
@@ -88,17 +93,21 @@ class ConsoleSink:
         if self._is_live:
             due = now - self._drawn >= _REDRAW
         else:
-            due = _is_due(record.step, self._every) or record.step >= self._total
+            due = _is_due(record.step, self._every) or record.step == self._total - 1
         if due:
             self._drawn = now
-            self.flush()
+            self._draw()
 
     def print(self, text: str) -> None:
         """Print a line above the bar (in a notebook, below it)."""
         self._face.print(text)
 
     def flush(self) -> None:
-        """Show the newest record, if it is not shown yet."""
+        """Show the newest record on a live bar; a line that is not due stays unprinted."""
+        if self._is_live:
+            self._draw()
+
+    def _draw(self) -> None:
         if self._latest is not None:
             (step, values), self._latest = self._latest, None
             self._face.show(step, self._total, "  ".join(self._fields(step, values)))
@@ -106,14 +115,15 @@ class ConsoleSink:
     def close(self) -> None:
         """Show the last record and give the terminal back. Harmless when repeated."""
         try:
-            self.flush()
+            self._draw()
         finally:
             self._face.close()
 
     def _measure(self, record: Record) -> None:
         tokens = record.values.get("tokens", 0.0) + (self._window[-1][2] if self._window else 0.0)
-        self._window.append((record.timestamp, record.step, tokens))
-        while len(self._window) > 2 and record.timestamp - self._window[1][0] >= _WINDOW:
+        now = record.timestamp - self._evaluating
+        self._window.append((now, record.step, tokens))
+        while len(self._window) > 2 and now - self._window[1][0] >= _WINDOW:
             self._window.popleft()
 
     def _fields(self, step: int, values: Mapping[str, float]) -> list[str]:
@@ -123,7 +133,7 @@ class ConsoleSink:
         if seconds >= 0.01 and last > first:  # less is one dispatch of several steps, not a rate
             if "tokens" in values:
                 fields.append(f"tokens/s {(after - before) / seconds:,.0f}")
-            left = max(0, self._total - step) * seconds / (last - first)
+            left = max(0, self._total - 1 - step) * seconds / (last - first)
             fields.append(f"left {_duration(left)}")
         return fields
 
@@ -280,9 +290,10 @@ def _bar(
     title: str, step: int, total: int, fields: str, width: int, ascii_only: bool
 ) -> tuple[str, str, str]:
     """The done part of a bar, the rest of it, and what follows; together they fill `width`."""
-    tail = f" {step}/{total}  {fields}".rstrip()
+    steps_done = min(step + 1, total)
+    tail = f" {steps_done}/{total}  {fields}".rstrip()
     cells = min(40, max(8, width - len(title) - len(tail) - 2))
-    done = round(cells * min(1.0, step / total)) if total > 0 else cells
+    done = round(cells * steps_done / total) if total > 0 else cells
     full, empty = "#-" if ascii_only else "━─"
     return full * done, empty * (cells - done), tail
 

@@ -33,8 +33,8 @@ class Record:
 
     Attributes:
         run_id: the run that measured them.
-        step: optimizer steps taken.
-        timestamp: when they were pushed, in seconds since 1970 (UTC).
+        step: optimizer steps taken before it.
+        timestamp: when the device had computed them, in seconds since 1970 (UTC).
         values: value by name, such as `{"eval/loss": 2.0}`. What was not measured is absent.
         attempt: 0 for the first start of the run, one more for each resumption.
     """
@@ -80,7 +80,8 @@ class Stream:
         handlers: called in this order with each record; the stream closes them.
         attempt: number of times this run was resumed.
         max_pending: records that may be outstanding before `push` waits; at least 2, as the newest
-            one always is.
+            one always is. It bounds how many steps, each with its batch, the loop runs ahead of
+            the device; a few keep the device busy.
 
     Raises:
         TypeError: a handler lacks `__call__`, `flush` or `close`.
@@ -106,7 +107,7 @@ class Stream:
         handlers: Sequence[Handler],
         *,
         attempt: int = 0,
-        max_pending: int = 64,
+        max_pending: int = 4,
     ) -> None:
         if max_pending < 2:
             raise ValueError(
@@ -130,7 +131,7 @@ class Stream:
         Waits only while `max_pending` records are outstanding.
 
         Args:
-            step: optimizer steps taken, an int or a device scalar.
+            step: optimizer steps taken before it, an int or a device scalar.
             metrics: nested dicts of `Mean`s and scalar sums, on the device or not; nested names
                 are joined with "/". No later step may donate these arrays.
 
@@ -153,7 +154,7 @@ class Stream:
         least = self._pushed + 1 - self._max_pending
         if reader.handled < least:
             reader.wait_for(least)
-        reader.inbox.put(_Pushed(step, time.time(), plan, leaves))
+        reader.inbox.put(_Pushed(step, plan, leaves))
         self._pushed += 1
         if reader.failures or reader.complaints:
             self._report()
@@ -164,8 +165,6 @@ class Stream:
         Raises:
             Exception: a record could not be read, or a required handler failed.
         """
-        if self._closed:
-            return self.close()
         self._reader.ask(end=False)
         self._report()
 
@@ -192,7 +191,12 @@ class Stream:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        self.close()
+        try:
+            self.close()
+        except Exception as also:
+            if error is None:
+                raise
+            error.add_note(f"Telemetry of run {self._reader.run_id!r} failed too: {also!r}")
 
     def _report(self) -> None:
         """Say on the caller's thread what went wrong on the reader's."""
@@ -220,7 +224,6 @@ class _Pushed(NamedTuple):
     """A record whose values are still on the device."""
 
     step: Any
-    timestamp: float
     plan: tuple[_Metric, ...]
     leaves: list[Any]
 
@@ -293,12 +296,12 @@ class _Reader:
 
     def _run(self) -> None:
         """Handle a record when the next one comes, or a request."""
-        held: _Pushed | None = None
+        held: tuple[_Pushed, float] | None = None
         while not self.ended:
             item = self.inbox.get()
             if held is not None:
-                self._handle(held)
-            held = item if isinstance(item, _Pushed) else None
+                self._handle(*held)
+            held = (item, _when_ready(item.leaves)) if isinstance(item, _Pushed) else None
             if isinstance(item, _Asked):
                 if item.end:
                     self._each("could not close", lambda handler: handler.close())
@@ -311,9 +314,9 @@ class _Reader:
             if isinstance(item, _Asked):
                 item.done.put(None)
 
-    def _handle(self, pushed: _Pushed) -> None:
+    def _handle(self, pushed: _Pushed, timestamp: float) -> None:
         try:
-            record = _read(pushed, self.run_id, self.attempt)
+            record = _read(pushed, timestamp, self.run_id, self.attempt)
         except BaseException as error:
             known = isinstance(pushed.step, int | np.integer)  # a device scalar may be unreadable
             error.add_note(
@@ -351,8 +354,15 @@ class _Reader:
                 )
 
 
-def _read(pushed: _Pushed, run_id: str, attempt: int) -> Record:
-    """Bring one record to the host; here, and only here, a thread waits for the device."""
+def _when_ready(leaves: list[Any]) -> float:
+    """Wait until the device has computed them; what fails here will fail again when it is read."""
+    with contextlib.suppress(Exception):
+        jax.block_until_ready(leaves)
+    return time.time()
+
+
+def _read(pushed: _Pushed, timestamp: float, run_id: str, attempt: int) -> Record:
+    """Bring one record to the host."""
     step, *host = _to_host([pushed.step, *pushed.leaves])
     values = {}
     for name, total, weight in pushed.plan:
@@ -363,7 +373,7 @@ def _read(pushed: _Pushed, run_id: str, attempt: int) -> Record:
                 continue
             value /= weight
         values[name] = value
-    return Record(run_id, int(step), pushed.timestamp, values, attempt)
+    return Record(run_id, int(step), timestamp, values, attempt)
 
 
 def _to_host(leaves: list[Any]) -> list[Any]:

@@ -8,7 +8,6 @@ if its logits are NaN or its target is out of range.
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
 from typing import Any
 
 import chex
@@ -168,9 +167,11 @@ def _chunk_logits(chunk, hidden, head, start):
     return rows, jnp.where(fresh[None], logits, -jnp.inf), first
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _chunked_nll(chunk, hidden, head, targets):
+def _nll(chunk, hidden, head, targets):
     return _chunked_nll_forward(chunk, hidden, head, targets)[0]
+
+
+_chunked_nll = jax.custom_vjp(_nll, nondiff_argnums=(0,))
 
 
 def _chunked_nll_forward(chunk, hidden, head, targets):

@@ -49,7 +49,7 @@ def test_a_context_is_immutable():
 
 
 def test_a_misspelt_name_is_answered():
-    with pytest.raises(KeyError, match="no 'stat'. Did you mean 'state'"):
+    with pytest.raises(KeyError, match=r"no 'stat'\. Did you mean 'state'"):
         Context(state=1)["stat"]
 
 

@@ -95,11 +95,8 @@ def test_a_resumed_run_equals_an_unbroken_one_bit_for_bit(recipe, tmp_path, lora
     kitchen.run(recipe, lora=lora, num_steps=3)
     resumed = kitchen.run(recipe, lora=lora, resume=True)
     # It did resume: the second attempt logged steps 3 to 5, and only these.
-    assert [(a, s) for a, s, _ in logged(resumed.workdir)] == [(0, 0), (0, 1), (0, 2)] + [
-        (1, 3),
-        (1, 4),
-        (1, 5),
-    ]
+    steps = [(attempt, step) for attempt, step, _ in logged(resumed.workdir)]
+    assert steps == [(0, 0), (0, 1), (0, 2), (1, 3), (1, 4), (1, 5)]
     assert [v for *_, v in logged(resumed.workdir)] == [v for *_, v in logged(unbroken.workdir)]
     assert bits(resumed.context["state"]) == bits(unbroken.context["state"])
     last = [v for _, s, v in logged(unbroken.workdir, "eval/loss") if s == 6]
@@ -177,7 +174,7 @@ def test_nothing_crosses_to_or_from_the_device_but_the_batch_and_the_metrics(rec
     try:
         kitchen.run(dataclasses.replace(recipe, workflow=guarded))
         jax.config.update("jax_transfer_guard", "disallow")
-        with pytest.raises(Exception, match="[Dd]isallowed host-to-device"):
+        with pytest.raises(Exception, match=r"[Dd]isallowed host-to-device"):
             jnp.ones(3) + np.ones(3)
     finally:
         jax.config.update("jax_transfer_guard", "allow")
@@ -239,7 +236,7 @@ def test_without_a_directory_the_newest_run_is_resumed(recipe, tmp_path, monkeyp
 def test_resuming_on_other_data_is_refused(recipe, conversations):
     kitchen.run(recipe, num_steps=3)
     conversations.write_text(conversations.read_text().replace("one?", "1?"))
-    with pytest.raises(ValueError, match="The data is not what .* was trained on"):
+    with pytest.raises(ValueError, match=r"The data is not what .* was trained on"):
         kitchen.run(recipe, resume=True)
 
 
@@ -307,7 +304,7 @@ def test_ctrl_c_ends_cleanly_and_the_run_goes_on_afterwards(conversations, tmp_p
             assert time.monotonic() < deadline
             time.sleep(0.1)
         child.send_signal(signal.SIGINT)
-        out, err = child.communicate(timeout=30)
+        _, err = child.communicate(timeout=30)
     finally:
         child.kill()
     assert child.returncode == 130, err

@@ -7,6 +7,7 @@ import re
 import struct
 import subprocess
 import sys
+import threading
 import types
 
 import pytest
@@ -58,24 +59,38 @@ def terminal(width=100):
 def test_a_pipe_gets_a_line_every_few_steps_and_one_for_the_last():
     steps = (
         record(n, loss=3 - n / 100, learning_rate=1e-3, tokens=6172.5, hidden=1.0)
-        for n in range(1, 26)
+        for n in range(25)
     )
     assert piped(steps, total_steps=25, every=10) == [
-        "step    10/25  loss 2.9000  learning_rate 1.0e-03  tokens/s 12,345  left 0:08",
+        "step     0/25  loss 3  learning_rate 1.0e-03",
+        "step    10/25  loss 2.9000  learning_rate 1.0e-03  tokens/s 12,345  left 0:07",
         "step    20/25  loss 2.8000  learning_rate 1.0e-03  tokens/s 12,345  left 0:02",
-        "step    25/25  loss 2.7500  learning_rate 1.0e-03  tokens/s 12,345  left 0:00",
+        "step    24/25  loss 2.7600  learning_rate 1.0e-03  tokens/s 12,345  left 0:00",
     ]
 
 
 def test_a_pipe_gets_the_last_step_of_a_run_that_ends_early():
     lines = piped((record(n, loss=1.5) for n in range(1, 14)), total_steps=2000, every=10)
     assert lines == [
-        "step    10/2000  loss 1.5000  left 16:35",
-        "step    13/2000  loss 1.5000  left 16:34",
+        "step    10/2000  loss 1.5000  left 16:34",
+        "step    13/2000  loss 1.5000  left 16:33",
     ]
-    assert piped((record(n, loss=1.5) for n in (19, 20)), total_steps=20, every=0) == [
-        "step    20/20  loss 1.5000  left 0:00"
+    assert piped((record(n, loss=1.5) for n in (17, 18)), total_steps=20, every=0) == [
+        "step    18/20  loss 1.5000  left 0:00"
     ]
+
+
+def test_the_last_step_is_shown_before_the_evaluation_that_follows_it():
+    steps = [record(8, loss=1.5), record(9, loss=1.5), record(10, eval__loss=2.5)]
+    assert piped(steps, total_steps=10, every=0) == [
+        "step     9/10  loss 1.5000  left 0:00",
+        "step 10  eval/loss 2.5000",
+    ]
+
+
+def test_two_records_of_one_step_give_no_time_left():
+    steps = [record(0, seconds=0, loss=1.5), record(0, seconds=1, loss=1.5)]
+    assert piped(steps, total_steps=9, every=1) == ["step     0/9  loss 1.5000"] * 2
 
 
 def test_an_evaluation_is_a_line_of_its_own():
@@ -92,11 +107,28 @@ def test_an_evaluation_is_a_line_of_its_own():
     ]
 
 
+def test_evaluating_takes_no_time_off_the_rate():
+    steps = [
+        record(0, seconds=0, tokens=100),
+        record(1, seconds=1, tokens=100),
+        record(2, seconds=61, eval__loss=2.0, eval__tokens=5000),
+        record(2, seconds=62, tokens=100),
+        record(3, seconds=123, eval__loss=1.0),
+        record(3, seconds=124, tokens=100),
+    ]
+    assert piped(steps, total_steps=100, every=3) == [
+        "step     0/100",
+        "step 2  eval/loss 2",
+        "step 3  eval/loss 1",
+        "step     3/100  tokens/s 100  left 1:36",
+    ]
+
+
 def test_what_was_not_measured_is_not_shown():
     steps = [record(1, reward=0.5), record(2, reward=0.5, loss=float("nan"))]
     assert piped(steps, total_steps=9, every=1) == [
         "step     1/9",
-        "step     2/9  loss nan  left 0:04",
+        "step     2/9  loss nan  left 0:03",
     ]
     assert piped(steps, total_steps=9, every=1, show=["reward"])[0] == "step     1/9  reward 0.5000"
 
@@ -104,10 +136,10 @@ def test_what_was_not_measured_is_not_shown():
 def test_the_rate_is_that_of_the_last_five_seconds():
     slow = [record(n, seconds=10.0 * n, tokens=10) for n in range(1, 4)]
     fast = [record(3 + n, seconds=30 + n / 10, tokens=10) for n in range(1, 101)]
-    lines = piped([*slow, *fast], total_steps=103, every=1)
-    assert lines[0] == "step     1/103"  # nothing to measure a rate by
-    assert lines[2] == "step     3/103  tokens/s 1  left 16:40"
-    assert lines[-1] == "step   103/103  tokens/s 100  left 0:00"
+    lines = piped([*slow, *fast], total_steps=104, every=1)
+    assert lines[0] == "step     1/104"  # nothing to measure a rate by
+    assert lines[2] == "step     3/104  tokens/s 1  left 16:40"
+    assert lines[-1] == "step   103/104  tokens/s 100  left 0:00"
 
 
 def test_steps_that_arrive_at_once_give_no_rate():
@@ -124,13 +156,14 @@ def test_a_number_is_readable_at_any_size():
 def test_a_pipe_is_never_taken_for_a_terminal(monkeypatch, capsys):
     monkeypatch.setenv("FORCE_COLOR", "1")
     sink = ConsoleSink(10, every=5)
-    for step in range(1, 11):
+    for step in range(10):
         sink(record(step, loss=1.25))
     sink.print("saved")
     sink.close()
     assert capsys.readouterr().out.splitlines() == [
+        "step     0/10  loss 1.2500",
         "step     5/10  loss 1.2500  left 0:02",
-        "step    10/10  loss 1.2500  left 0:00",
+        "step     9/10  loss 1.2500  left 0:00",
         "saved",
     ]
 
@@ -138,12 +171,14 @@ def test_a_pipe_is_never_taken_for_a_terminal(monkeypatch, capsys):
 def test_a_terminal_shows_one_line_however_often_it_is_drawn(monkeypatch):
     monkeypatch.setattr("crucible.telemetry.sinks._REDRAW", 0.0)
     console, output = terminal()
+    threads = threading.active_count()
     sink = ConsoleSink(200, start_step=100, title="demo", stream=console)
+    assert threading.active_count() == threads  # no thread of rich's competes with the run
     rows, cursor = screen(output.getvalue())
     assert rows[0].startswith("demo ━")
     assert rows[0].endswith("─ 100/200")
     assert not cursor
-    for step in range(101, 201):
+    for step in range(100, 200):
         sink(record(step, loss=2.5, learning_rate=1e-3, tokens=50.0))
     assert output.getvalue().count("\r") >= 100
     sink.close()
@@ -169,7 +204,7 @@ def test_lines_are_printed_above_the_bar(monkeypatch):
     assert rows[0] == "saved [step 1] :smile: " + "long " * 30
     assert rows[1] == "step 2  eval/loss 3.2500"
     assert rows[2].startswith("training ━")
-    assert rows[2].endswith(" 3/4  loss 2.5000  left 0:00")
+    assert rows[2].endswith(" 4/4  loss 2.5000  left 0:00")
     assert rows[3:] == ["after", ""]
     assert cursor
 
@@ -177,7 +212,7 @@ def test_lines_are_printed_above_the_bar(monkeypatch):
 def test_drawing_is_rare_and_the_last_state_is_always_drawn():
     console, output = terminal()
     sink = ConsoleSink(10_000, stream=console)
-    for step in range(1, 5001):
+    for step in range(5000):
         sink(record(step, loss=2.5))
     assert output.getvalue().count("\r") < 50
     sink.close()
@@ -201,7 +236,7 @@ def test_a_terminal_without_unicode_gets_plain_characters():
     file = io.TextIOWrapper(raw, encoding="ascii", write_through=True)
     console = Console(file=file, force_terminal=True, width=80, force_jupyter=False)
     sink = ConsoleSink(2, stream=console)
-    sink(record(1, loss=2.5))
+    sink(record(0, loss=2.5))
     sink.close()
     assert b"####" in raw.getvalue()
     assert b"----" in raw.getvalue()
@@ -214,7 +249,8 @@ def test_the_terminal_is_sane_after_an_error(error, monkeypatch):
 
     def run():
         with Stream("run", [ConsoleSink(10, stream=console)]) as stream:
-            stream.push(1, {"loss": 2.5})
+            stream.push(0, {"loss": 2.5})
+            assert sys.stdout is own  # nothing is redirected to a console that is not ours
             raise error
 
     with pytest.raises(error):
@@ -240,7 +276,7 @@ def test_a_real_terminal_keeps_what_the_program_prints():
 import sys, time
 from crucible.telemetry import ConsoleSink, Stream
 with Stream("run", [ConsoleSink(3)]) as stream:
-    for step in (1, 2, 3):
+    for step in (0, 1, 2):
         stream.push(step, {"loss": 2.5})
         print("mine", step)
 print("done")
@@ -262,7 +298,7 @@ print("done")
             pass
         assert process.wait(30) == 0
     rows, cursor = screen(output.decode())
-    assert rows[:3] == ["mine 1", "mine 2", "mine 3"]
+    assert rows[:3] == ["mine 0", "mine 1", "mine 2"]
     assert rows[3].startswith("training ━")
     assert " 3/3  loss 2.5000" in rows[3]
     assert rows[4:] == ["done", ""]
@@ -282,7 +318,7 @@ def test_a_notebook_updates_one_output_in_place(monkeypatch, capsys):
 
     monkeypatch.setattr("IPython.display.display", display)
     sink = ConsoleSink(4, stream=Console(force_jupyter=True))
-    for step in (1, 2, 3):
+    for step in (0, 1, 2):
         sink(record(step, loss=2.5))
     sink(record(3, eval__loss=3.25))
     sink.close()

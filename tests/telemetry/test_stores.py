@@ -163,6 +163,17 @@ def test_a_torn_last_line_is_set_aside_and_never_appended_to(tmp_path, torn):
     assert [entry.step for entry in read_metrics(path)] == [1, 2, 3]
 
 
+def test_a_torn_line_is_found_at_the_end_of_a_long_file(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    write(path, *(record(step, loss=1.0) for step in range(2000)))
+    whole = path.read_bytes()
+    for torn in (b"{torn", b"{" * 100_000, b"{" * 65_535, b"{" * 65_536 + b"\n", b"{" * 65_537):
+        path.write_bytes(whole + torn)
+        with pytest.warns(UserWarning, match="torn"):
+            JsonlStore(path).close()
+        assert path.read_bytes() == whole
+
+
 def test_torn_pieces_add_up_and_a_file_of_one_torn_line_is_emptied(tmp_path):
     path, aside = tmp_path / "metrics.jsonl", tmp_path / "metrics.jsonl.torn"
     for piece in (b"{one", b"{two"):
