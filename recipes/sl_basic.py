@@ -10,7 +10,15 @@ from crucible import kitchen, models
 RECIPE = kitchen.Recipe(
     name="sl_basic",
     workflow=kitchen.supervised,
-    config=kitchen.SupervisedConfig(model=models.TINY, num_steps=200, learning_rate=3e-3),
+    config=kitchen.SupervisedConfig(
+        model=models.TINY,
+        num_steps=500,
+        batch_size=4,
+        learning_rate=5e-3,
+        decay_steps=490,
+        eval_every=100,
+        log_every=20,
+    ),
 )
 
 if __name__ == "__main__":

@@ -96,7 +96,7 @@ def main(recipe: Recipe) -> None:
         run(dataclasses.replace(recipe, config=config))
     except KeyboardInterrupt as interrupt:
         notes = "\n".join(getattr(interrupt, "__notes__", ()))
-        _exit(130, f"\nInterrupted. {notes}")
+        _exit(130, f"\nInterrupted.\n{notes}")
     except (ValueError, OSError, ImportError) as error:
         notes = getattr(error, "__notes__", [])
         if any(note.startswith("At ") for note in notes):

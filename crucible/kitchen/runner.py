@@ -160,7 +160,7 @@ def run(recipe: Recipe, **overrides: Any) -> Result:
             saved = train.latest(current.workdir)
             error.add_note(
                 f"Last checkpoint: step {saved.step}. Continue with --workdir {current.workdir} "
-                "--resume (in Python: workdir=..., resume=True)."
+                "--resume."
                 if saved
                 else "No checkpoint was saved yet."
             )

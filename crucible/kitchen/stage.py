@@ -50,7 +50,7 @@ class Stage:
                         + did_you_mean(name, context)
                     )
             return self.run(context)
-        except (Exception, KeyboardInterrupt) as error:
+        except Exception as error:
             if self.fn is not None:
                 error.add_note(f"In stage {self.name!r}.")
             raise
