@@ -60,11 +60,9 @@ class Run:
         console = telemetry.ConsoleSink(
             config.num_steps, start_step=first_step, every=config.log_every, title=self.recipe
         )
-        handlers = [telemetry.JsonlStore(self.workdir / METRICS), console]
-        if config.log_every:
-            board = self.workdir / "tensorboard"
-            handlers.append(telemetry.TensorBoardSink(board, every=config.log_every))
-        stream = telemetry.Stream(self.run_id, handlers, attempt=attempt)
+        store = telemetry.JsonlStore(self.workdir / METRICS)
+        board = telemetry.TensorBoardSink(self.workdir / "tensorboard", every=config.log_every)
+        stream = telemetry.Stream(self.run_id, [store, console, board], attempt=attempt)
         return self.closing.enter_context(stream)
 
     def _read_json(self, name: str) -> dict:
