@@ -73,6 +73,9 @@ class Context(Mapping[str, Any]):
             return self.resources[name]
         raise KeyError(f"The context has no {name!r}.{did_you_mean(name, self)}")
 
+    def __contains__(self, name: object) -> bool:
+        return name in self.slots or name in self.resources
+
     def __iter__(self) -> Iterator[str]:
         yield from self.slots
         yield from self.resources

@@ -223,8 +223,8 @@ def _locate(name: str, config: Any) -> Run:
         raise FileExistsError(f"workdir={workdir} is a file. Choose a directory with --workdir.")
     if _has_run(workdir) and not config.resume:
         raise FileExistsError(
-            f"{workdir} has a run in it already. Continue it with --resume, or start another in "
-            "another directory with --workdir."
+            f"{workdir} has a run in it already. Continue it with --resume (resume=True), or start "
+            "another in another directory with --workdir (workdir=...)."
         )
     if config.resume and not _has_run(workdir):
         raise FileNotFoundError(

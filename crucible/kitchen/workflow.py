@@ -137,7 +137,7 @@ def check(workflow: Stage, given: Iterable[str]) -> None:
             reader = _first_reader(workflow, name)
             raise ValueError(
                 f"{reader} needs {name!r}, which nothing gives before it."
-                + did_you_mean(name, given | set(_all_gives(workflow)))
+                + did_you_mean(name, (given | set(_all_gives(workflow))) - {name})
             )
 
 

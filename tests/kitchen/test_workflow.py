@@ -119,6 +119,9 @@ def test_the_check_names_the_stage_and_answers_a_misspelling():
     with pytest.raises(ValueError, match=r"needs 'state', which nothing gives.*mean 'stat'"):
         check(workflow, given=())
     check(workflow, given=("state",))
+    again = repeat(2, stage("state")(lambda state: state))  # it gives what it needs, too late
+    with pytest.raises(ValueError, match=r"needs 'state'.*mean 'stat'"):
+        check(again, given=("stat",))
     with pytest.raises(ValueError, match="The condition or count of when"):
         check(sequence(when(lambda ready: ready, increment)), given=("x",))
 
