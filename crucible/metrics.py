@@ -41,11 +41,13 @@ class Mean:
         """The weighted mean over all entries; an entry of weight 0 contributes nothing, even NaN.
 
         Args:
-            values: an array of any shape.
+            values: an array of any shape; summed in float32 at least.
             weights: broadcastable to it.
         """
-        values = jnp.asarray(values)
-        weights = jnp.broadcast_to(jnp.asarray(weights, values.dtype), values.shape)
+        values, weights = jnp.asarray(values), jnp.asarray(weights)
+        dtype = jnp.promote_types(jnp.result_type(values, weights), jnp.float32)
+        values = values.astype(dtype)
+        weights = jnp.broadcast_to(weights.astype(dtype), values.shape)
         return cls(jnp.sum(jnp.where(weights != 0, values * weights, 0)), jnp.sum(weights))
 
     @property

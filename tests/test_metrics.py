@@ -56,3 +56,13 @@ def test_metrics_trees_cross_jit_scan_and_psum():
 def test_merge_of_nothing_says_what_it_needs():
     with pytest.raises(ValueError, match="at least one metrics tree"):
         merge()
+
+
+def test_a_negative_weight_counts_as_what_it_is():
+    mean = Mean.of(jnp.array([2.0, 5.0]), jnp.array([-1.0, 2.0]))
+    assert (float(mean.total), float(mean.weight)) == (8.0, 1.0)
+
+
+def test_every_value_weighs_one_unless_told_otherwise():
+    mean = Mean.of(jnp.array([2.0, 4.0, 9.0]))
+    assert (float(mean.total), float(mean.weight)) == (15.0, 3.0)

@@ -57,11 +57,11 @@ class Context(Mapping[str, Any]):
     slots: Mapping[str, Any]
     resources: Mapping[str, Any]
 
-    def __init__(self, **values: Any):
+    def __init__(self, /, **values: Any):
         self._set({}, {})
         self._set(*self._sorted(values))
 
-    def replace(self, **values: Any) -> Context:
+    def replace(self, /, **values: Any) -> Context:
         """The same context but for these values."""
         slots, resources = self._sorted(values)
         return self._make(slots, resources)
@@ -86,7 +86,9 @@ class Context(Mapping[str, Any]):
     def __repr__(self) -> str:
         def show(value):
             shapes = [str(np.shape(leaf)) for leaf in jax.tree.leaves(value)]
-            return shapes[0] if len(shapes) == 1 else f"{len(shapes)} arrays"
+            if len(shapes) == 1:
+                return shapes[0]
+            return f"{len(shapes)} arrays" if shapes else repr(value)
 
         parts = [f"{k}: {show(v)}" for k, v in self.slots.items()]
         parts += [f"{k}: {type(v).__name__}" for k, v in self.resources.items()]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import sys
+import typing
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,7 +13,7 @@ from typing import Any, NoReturn
 from crucible.kitchen.stage import Stage
 from crucible.kitchen.words import did_you_mean
 
-__all__ = ["Recipe", "main", "override", "to_json"]
+__all__ = ["Recipe", "changes", "main", "override", "to_json"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,6 +34,8 @@ class Recipe:
 def override(config: Any, changes: Mapping[str, Any]) -> Any:
     """A config with some fields changed; a mapping changes fields of a nested config.
 
+    Values may be what JSON says of them: a list for a tuple, a string for a path.
+
     Raises:
         TypeError: no such field; a misspelling is answered.
 
@@ -45,17 +48,48 @@ def override(config: Any, changes: Mapping[str, Any]) -> Any:
         Traceback (most recent call last):
         TypeError: SupervisedConfig has no field 'learning_rat'. Did you mean 'learning_rate'?
     """
-    known = {field.name for field in dataclasses.fields(config)}
+    known = _fields(type(config))
+    hints = typing.get_type_hints(type(config))
     values = {}
     for name, value in changes.items():
         if name not in known:
             raise TypeError(
                 f"{type(config).__name__} has no field {name!r}.{did_you_mean(name, known)}"
             )
-        current = getattr(config, name)
-        nested = isinstance(value, Mapping) and dataclasses.is_dataclass(current)
-        values[name] = override(current, value) if nested else value
+        values[name] = _fit(name, hints[name], getattr(config, name), value)
     return dataclasses.replace(config, **values)
+
+
+def _fields(kind: Any) -> set[str]:
+    return {field.name for field in dataclasses.fields(kind)}
+
+
+def _fit(name: str, hint: Any, current: Any, value: Any) -> Any:
+    """A value as its field wants it."""
+    kinds = typing.get_args(hint) or (hint,)
+    if isinstance(value, Mapping):
+        configs: list[Any] = [
+            kind for kind in (type(current), *kinds) if dataclasses.is_dataclass(kind)
+        ]
+        if not configs:
+            raise TypeError(f"{name} takes {hint}, not a mapping: {dict(value)!r}.")
+        kind = next((kind for kind in configs if set(value) <= _fields(kind)), configs[0])
+        return override(current if isinstance(current, kind) else kind(), value)
+    if isinstance(value, str) and Path in kinds:
+        return Path(value).expanduser()
+    return tuple(value) if isinstance(value, list) else value
+
+
+def changes(before: Mapping[str, Any], after: Mapping[str, Any], prefix: str = "") -> list[str]:
+    """What differs between two configs in JSON, a line a field."""
+    lines = []
+    for name in after:
+        old, new = before.get(name), after[name]
+        if isinstance(old, dict) and isinstance(new, dict):
+            lines += changes(old, new, f"{prefix}{name}.")
+        elif old != new:
+            lines.append(f"{prefix}{name} was {old!r}, is {new!r}")
+    return lines
 
 
 def to_json(value: Any) -> Any:
@@ -70,29 +104,21 @@ def to_json(value: Any) -> Any:
 
 
 def main(recipe: Recipe) -> None:
-    """Run a recipe from the command line: every field of its config is an option.
+    """Run a recipe from the command line: the fields of its config are the options.
+
+    With `--resume` the run's own config takes the place of the recipe's, so that only what is to
+    change need be said again.
 
     Exits with 0 when done, 2 when an option is wrong, 1 when the input is, 130 after Ctrl-C; an
     error inside the training loop is raised with its traceback.
     """
-    import tyro
-
-    from crucible.kitchen.runner import run
+    from crucible.kitchen.runner import run, stored_config
 
     program = f"python -m recipes.{recipe.name}"
-    lines = (sys.modules["__main__"].__doc__ or "").splitlines()
-    description = "\n\n".join(filter(None, lines))  # each its own paragraph: none are joined
     try:
-        config = tyro.cli(
-            type(recipe.config),
-            default=recipe.config,
-            prog=program,
-            description=description,
-            config=(tyro.conf.AvoidSubcommands,),
-        )
-    except ValueError as error:  # a field's own check, in __post_init__
-        _exit(2, f"{program}: {error}")
-    try:
+        config = _parse(recipe.config, program)
+        if getattr(config, "resume", False):
+            config = _parse(stored_config(recipe.name, config), program)
         run(dataclasses.replace(recipe, config=config))
     except KeyboardInterrupt as interrupt:
         notes = "\n".join(getattr(interrupt, "__notes__", ()))
@@ -102,6 +128,20 @@ def main(recipe: Recipe) -> None:
         if any(note.startswith("At ") for note in notes):
             raise
         _exit(1, "\n".join([f"{program}: {error}", *notes]))
+
+
+def _parse(default: Any, program: str) -> Any:
+    """The command line's options over a config; exits with 2 when one is wrong."""
+    import tyro
+
+    lines = (sys.modules["__main__"].__doc__ or "").splitlines()
+    return tyro.cli(
+        type(default),
+        default=default,
+        prog=program,
+        description="\n\n".join(filter(None, lines)),  # each its own paragraph: none are joined
+        config=(tyro.conf.AvoidSubcommands,),
+    )
 
 
 def _exit(code: int, message: str) -> NoReturn:

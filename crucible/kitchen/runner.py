@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import json
 import os
 import time
@@ -14,11 +15,12 @@ from typing import Any, NamedTuple
 
 from crucible import telemetry, train
 from crucible.kitchen.context import Context
-from crucible.kitchen.recipe import Recipe, override, to_json
+from crucible.kitchen.recipe import Recipe, changes, override, to_json
 from crucible.kitchen.stage import Stage
+from crucible.kitchen.words import did_you_mean
 from crucible.kitchen.workflow import check
 
-__all__ = ["Kit", "Result", "Run", "run", "steps"]
+__all__ = ["Kit", "Result", "Run", "run", "steps", "stored_config"]
 
 METRICS = "metrics.jsonl"
 CONFIG = "config.json"
@@ -47,14 +49,24 @@ class Run:
         return self.workdir.resolve().name
 
     def open(self, config: Any, *, first_step: int) -> telemetry.Stream:
-        """Make the directory, write the config into it, and open the stream of metrics."""
+        """Make the directory ours, write the config into it, and open the stream of metrics.
+
+        Args:
+            config: has `num_steps` and `log_every`.
+            first_step: where the run starts.
+
+        Raises:
+            BlockingIOError: another process is running in the directory.
+        """
         self.workdir.mkdir(parents=True, exist_ok=True)
+        self._lock()
+        train.remove_leftovers(self.workdir)
         earlier = self._read_json("run.json") if self.resumed else {}
         attempt = earlier.get("attempt", -1) + 1
-        if self.resumed:
-            for line in _changes(self._read_json(CONFIG), to_json(config)):
-                print(f"Changed since the last attempt: {line}")
-        self._write_json(CONFIG, to_json(config))
+        before, now = self._read_json(CONFIG), to_json(config)
+        for line in changes(before, now | {"resume": before["resume"]}) if before else ():
+            print(f"Changed since the last attempt: {line}")
+        self._write_json(CONFIG, now)
         about = {"recipe": self.recipe, "run_id": self.run_id, "attempt": attempt}
         self._write_json("run.json", about | {"versions": _versions()})
         console = telemetry.ConsoleSink(
@@ -64,6 +76,17 @@ class Run:
         board = telemetry.TensorBoardSink(self.workdir / "tensorboard", every=config.log_every)
         stream = telemetry.Stream(self.run_id, [store, console, board], attempt=attempt)
         return self.closing.enter_context(stream)
+
+    def _lock(self) -> None:
+        """Held while the run is open; the system lets go of it however the process ends."""
+        file = self.closing.enter_context((self.workdir / ".lock").open("a"))
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise BlockingIOError(
+                f"Another process is running in {self.workdir}. Wait until it is done, or choose "
+                "another --workdir."
+            ) from None
 
     def _read_json(self, name: str) -> dict:
         path = self.workdir / name
@@ -86,13 +109,21 @@ class Result:
         seconds: how long it took.
     """
 
-    context: Context
-    history: Mapping[str, telemetry.History]
+    context: Context = field(repr=False)
+    history: Mapping[str, telemetry.History] = field(repr=False)
     workdir: Path
     seconds: float
 
     def plot(self, *metrics: str) -> Any:
-        """Draw metrics over steps (by default the losses); returns the Matplotlib axes."""
+        """Draw metrics over steps (by default the losses); returns the Matplotlib axes.
+
+        Raises:
+            ImportError: Matplotlib is not installed.
+            KeyError: the run has no such metric.
+        """
+        for name in metrics:
+            if name not in self.history:
+                raise KeyError(f"The run has no metric {name!r}.{did_you_mean(name, self.history)}")
         try:
             import matplotlib.pyplot as plt
         except ImportError:
@@ -130,7 +161,7 @@ def run(recipe: Recipe, **overrides: Any) -> Result:
     """Run a recipe from beginning to end, or on from its last checkpoint (`resume=True`).
 
     Args:
-        recipe: what to run.
+        recipe: what to run. Its config may say `workdir` and `resume`.
         **overrides: fields of its config; a mapping changes fields of a nested one, as in
             `model={"layers": 4}`.
 
@@ -153,7 +184,8 @@ def run(recipe: Recipe, **overrides: Any) -> Result:
         with current.closing:
             context = workflow(context)
     except (Exception, KeyboardInterrupt) as error:
-        if current.workdir.exists():
+        notes = getattr(error, "__notes__", ())
+        if any(note.startswith("At ") for note in notes):  # it was training
             error.add_note(f"Run directory: {current.workdir}")
             saved = train.latest(current.workdir)
             error.add_note(
@@ -163,7 +195,8 @@ def run(recipe: Recipe, **overrides: Any) -> Result:
                 else "No checkpoint was saved yet."
             )
         raise
-    history = telemetry.history(current.workdir / METRICS)
+    metrics = current.workdir / METRICS
+    history = telemetry.history(metrics) if metrics.exists() else {}
     result = Result(
         context=context,
         history=history,
@@ -206,50 +239,60 @@ def _leaves(workflow: Stage):
         yield from _leaves(part) if part.name == "sequence" else (part,)
 
 
+def stored_config(name: str, config: Any) -> Any:
+    """The config of the run that `config` asks to resume, as it was when the run was last started.
+
+    Args:
+        name: the recipe's.
+        config: of the same class; its `workdir` says which run, by default the newest.
+
+    Raises:
+        FileNotFoundError: there is no such run.
+    """
+    workdir = _locate(name, config).workdir
+    stored = json.loads((workdir / CONFIG).read_text()) if (workdir / CONFIG).exists() else {}
+    return override(config, stored | {"workdir": workdir, "resume": True})
+
+
+def _workdir(name: str, config: Any) -> Path:
+    runs = Path("runs") / name
+    if getattr(config, "workdir", None) is not None:
+        return Path(config.workdir).expanduser()
+    if not getattr(config, "resume", False):
+        return runs / f"{time.strftime('%Y%m%d-%H%M%S')}-{uuid.uuid4().hex[:6]}"
+    earlier = [path for path in runs.glob("*") if _has_run(path)]
+    if not earlier:
+        raise FileNotFoundError(f"--resume: there is no run in {runs} to continue.")
+    newest = max(earlier, key=lambda path: path.stat().st_mtime)
+    print(f"Resuming the newest run of {name}: {newest}")
+    return newest
+
+
 def _locate(name: str, config: Any) -> Run:
     """Where the run goes, with every misunderstanding about it cleared up."""
-    runs = Path("runs") / name
-    if config.workdir is not None:
-        workdir = Path(config.workdir)
-    elif config.resume:
-        earlier = [path for path in runs.glob("*") if _has_run(path)]
-        if not earlier:
-            raise FileNotFoundError(f"--resume: there is no run in {runs} to continue.")
-        workdir = max(earlier, key=lambda path: (path / CONFIG).stat().st_mtime)
-        print(f"Resuming the newest run of {name}: {workdir}")
-    else:
-        workdir = runs / f"{time.strftime('%Y%m%d-%H%M%S')}-{uuid.uuid4().hex[:6]}"
-    if workdir.exists() and not workdir.is_dir():
-        raise FileExistsError(f"workdir={workdir} is a file. Choose a directory with --workdir.")
-    if _has_run(workdir) and not config.resume:
+    workdir = _workdir(name, config)
+    nearest = next(path for path in (workdir, *workdir.absolute().parents) if path.exists())
+    if not nearest.is_dir():
+        raise NotADirectoryError(
+            f"workdir={workdir}: {nearest} is a file. Choose another --workdir."
+        )
+    resume = bool(getattr(config, "resume", False))
+    if _has_run(workdir) and not resume:
         raise FileExistsError(
             f"{workdir} has a run in it already. Continue it with --resume (resume=True), or start "
             "another in another directory with --workdir (workdir=...)."
         )
-    if config.resume and not _has_run(workdir):
+    if resume and not _has_run(workdir):
         raise FileNotFoundError(
             f"--resume: {workdir} has no run in it to continue. Leave --resume out to start one."
         )
-    if not os.access(
-        next(p for p in (workdir, *workdir.absolute().parents) if p.exists()), os.W_OK
-    ):
+    if not os.access(nearest, os.W_OK):
         raise PermissionError(f"Cannot write to {workdir}. Choose another --workdir.")
-    return Run(recipe=name, workdir=workdir, resumed=bool(config.resume))
+    return Run(recipe=name, workdir=workdir, resumed=resume)
 
 
 def _has_run(workdir: Path) -> bool:
     return any((workdir / name).exists() for name in (CONFIG, METRICS, "checkpoints"))
-
-
-def _changes(before: Mapping[str, Any], after: Mapping[str, Any], prefix: str = "") -> list[str]:
-    lines = []
-    for name in after:
-        old, new = before.get(name), after[name]
-        if isinstance(old, dict) and isinstance(new, dict):
-            lines += _changes(old, new, f"{prefix}{name}.")
-        elif old != new and name not in ("resume", "workdir"):
-            lines.append(f"{prefix}{name} was {old!r}, is {new!r}")
-    return lines
 
 
 def _versions() -> dict[str, str]:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import jax
 
 from crucible import train
-from crucible.kitchen.recipe import to_json
+from crucible.kitchen.recipe import changes, to_json
 from crucible.kitchen.runner import Run
 from crucible.kitchen.stage import stage
 from crucible.metrics import merge
@@ -24,6 +25,8 @@ __all__ = [
     "steps_taken",
     "train_step",
 ]
+
+IDENTITY = ("model", "lora", "seed", "row_length", "batch_size")  # fields that a run cannot change
 
 
 @stage("steps", host=True)
@@ -49,15 +52,17 @@ def init_state(config: Any, steps: train.Steps, params: Any):
 
 
 @stage("state", "first_step", host=True)
-def restore(run: Run, state: train.TrainState, data: Any):
+def restore(config: Any, run: Run, state: train.TrainState, data: Any):
     """The state to start from: the last checkpoint's if the run is resumed, else the first."""
     if not run.resumed:
         return state, 0
-    if train.latest(run.workdir) is None:
+    last = train.latest(run.workdir)
+    if last is None:
         print(f"{run.workdir} has no checkpoint yet: starting from step 0.")
         return state, 0
+    _must_be_the_same_run(run, config, last.metadata)
     restored, checkpoint = train.restore(run.workdir, state)
-    saved = checkpoint.metadata.get("data_fingerprint")
+    saved = last.metadata.get("data_fingerprint")
     if saved != data.fingerprint:
         raise ValueError(
             f"The data is not what {run.workdir} was trained on (fingerprint "
@@ -65,7 +70,24 @@ def restore(run: Run, state: train.TrainState, data: Any):
             "stopped. Restore the data and its options, or start a new run in another --workdir."
         )
     print(f"Restored step {checkpoint.step} from {checkpoint.path}.")
+    if checkpoint.step >= config.num_steps:
+        print(
+            f"It has all of its {config.num_steps} steps (--num-steps): nothing is left to train."
+        )
     return restored, checkpoint.step
+
+
+def _must_be_the_same_run(run: Run, config: Any, saved_with: Mapping[str, Any]) -> None:
+    """Settings that decide which model is trained on which batches cannot change under way."""
+    was, now = saved_with.get("config", {}), to_json(config)
+    shared = [name for name in IDENTITY if name in was and name in now]
+    differing = changes({name: was[name] for name in shared}, {name: now[name] for name in shared})
+    if differing:
+        raise ValueError(
+            f"{run.workdir} was trained with other settings, so it could not go on where it "
+            "stopped:\n  " + "\n  ".join(differing) + "\nResume with the settings it was started "
+            "with, or start a new run in another --workdir."
+        )
 
 
 @stage("stream", "batches", host=True)
@@ -116,8 +138,7 @@ def save_checkpoint(
     run: Run, config: Any, state: train.TrainState, data: Any, stream: Any, step: int
 ):
     """Save the state, unless this very step is saved already; metrics reach the disk first."""
-    saved = train.latest(run.workdir)
-    if saved is not None and saved.step == step:
+    if any(checkpoint.step == step for checkpoint in train.list_checkpoints(run.workdir)):
         return
     stream.flush()
     metadata = {"config": to_json(config), "data_fingerprint": data.fingerprint}

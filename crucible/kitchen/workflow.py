@@ -6,6 +6,7 @@ A number or a condition may be a function whose parameters name what it needs, a
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -59,7 +60,7 @@ def repeat(
     first, stop = _argument(start), _argument(count)
 
     def run(context: Context) -> Context:
-        begin, end = int(first(context)), int(stop(context))
+        begin, end = operator.index(first(context)), operator.index(stop(context))
         for number in range(begin, end):
             try:
                 context = context.replace(**{index: number})
@@ -85,7 +86,7 @@ def every(period: int, *stages: Stage, index: str = "step") -> Stage:
         >>> repeat(7, every(3, seen))(Context(seen=()))["seen"]
         (0, 3, 6)
     """
-    if period < 0:
+    if not isinstance(period, int) or period < 0:
         raise ValueError(f"every({period}, ...): a period is a number of steps, or 0 for never.")
     _must_be_stages("every", stages)
 
@@ -135,10 +136,14 @@ def check(workflow: Stage, given: Iterable[str]) -> None:
     for name in workflow.needs:
         if name not in given:
             reader = _first_reader(workflow, name)
-            raise ValueError(
-                f"{reader} needs {name!r}, which nothing gives before it."
-                + did_you_mean(name, (given | set(_all_gives(workflow))) - {name})
+            elsewhere = set(_all_gives(workflow))
+            advice = (
+                " It is given only later, or in a loop or branch that may not run: give it a first "
+                f"value, or make the parameter optional ({name}=None)."
+                if name in elsewhere
+                else did_you_mean(name, given | elsewhere)
             )
+            raise ValueError(f"{reader} needs {name!r}, which nothing gives before it." + advice)
 
 
 def _first_reader(workflow: Stage, name: str) -> str:

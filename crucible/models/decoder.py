@@ -73,8 +73,9 @@ class DecoderConfig:
 
     def __post_init__(self):
         for name in ("vocab_size", "width", "layers", "heads", "kv_heads", "mlp_width"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}={getattr(self, name)} must be at least 1.")
+            value = getattr(self, name)
+            if not isinstance(value, int) or value < 1:
+                raise ValueError(f"{name}={value} must be a whole number, at least 1.")
         if self.heads % self.kv_heads:
             raise ValueError(
                 f"kv_heads={self.kv_heads} does not divide heads={self.heads}: each key head "
@@ -85,8 +86,10 @@ class DecoderConfig:
                 f"heads={self.heads} does not divide width={self.width}. Choose a divisor, or "
                 "give head_dim."
             )
-        if self.head_size % 2:
+        if self.head_size < 2 or self.head_size % 2:
             raise ValueError(f"The head size {self.head_size} must be even for rotary positions.")
+        if not self.rope_theta > 0:
+            raise ValueError(f"rope_theta={self.rope_theta} must be positive.")
         if self.dtype not in ("float32", "bfloat16"):
             raise ValueError(f"dtype={self.dtype!r} must be 'float32' or 'bfloat16'.")
 

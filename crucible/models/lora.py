@@ -25,15 +25,17 @@ class LoraConfig:
     """What a LoRA adapter corrects, and how strongly."""
 
     rank: int = 16
-    """Rank of each correction."""
+    """Rank of each correction; 0 = no adapter."""
     alpha: float = 32.0
     """The correction is scaled by alpha / rank."""
     targets: tuple[str, ...] = PROJECTIONS
     """Which projections are corrected: query, key, value, output, gate, up, down."""
 
     def __post_init__(self):
-        if self.rank < 1:
-            raise ValueError(f"rank={self.rank} must be at least 1.")
+        if self.rank < 0:
+            raise ValueError(f"rank={self.rank} must be 0 (no adapter) or more.")
+        if len(set(self.targets)) < len(self.targets):
+            raise ValueError(f"targets={self.targets!r} names a projection twice.")
         unknown = [name for name in self.targets if name not in PROJECTIONS]
         if unknown or not self.targets:
             raise ValueError(
@@ -62,7 +64,12 @@ def init_lora(config: LoraConfig, base: Mapping[str, Any], key: jax.Array) -> di
 
     Returns:
         `{"layers": {name: {"a": [L, in, rank], "b": [L, rank, out]}}}` in float32.
+
+    Raises:
+        ValueError: the rank is 0: there is nothing to train.
     """
+    if config.rank == 0:
+        raise ValueError("rank=0 is no adapter. Choose a rank of at least 1.")
     adapter = {}
     for name in config.targets:
         layers, fan_in, fan_out = base["layers"][name].shape

@@ -18,7 +18,7 @@ def generate(
     params: Any,
     prompt: Sequence[int],
     *,
-    key: jax.Array | None = None,
+    key: jax.Array | int | None = None,
     max_tokens: int = 64,
     temperature: float = 1.0,
     stop_tokens: Iterable[int] = (),
@@ -32,7 +32,7 @@ def generate(
         apply: `(params, tokens[B, T]) -> logits[B, T, V]`.
         params: the model's parameters.
         prompt: token ids, at least one.
-        key: a PRNG key; not needed at temperature 0.
+        key: a PRNG key or a seed; not needed at temperature 0.
         max_tokens: how many tokens to add at most.
         temperature: divides the logits; 0 takes the likeliest token.
         stop_tokens: token ids that end the text.
@@ -41,7 +41,8 @@ def generate(
         The new token ids, with the stop token if one was sampled.
 
     Raises:
-        ValueError: an empty prompt, or a temperature without a key.
+        ValueError: an empty prompt, a token outside the vocabulary, a temperature without a key, or
+            an argument out of range.
 
     Example:
         >>> from crucible.models import TINY, ByteTokenizer, decoder
@@ -52,18 +53,28 @@ def generate(
     """
     if len(prompt) == 0:
         raise ValueError("The prompt is empty: give at least one token.")
+    if not 0 <= temperature < float("inf"):
+        raise ValueError(f"temperature={temperature} must be 0 or more, and finite.")
+    if max_tokens < 1:
+        raise ValueError(f"max_tokens={max_tokens} must be at least 1.")
     if temperature and key is None:
         raise ValueError(f"temperature={temperature} needs a key, e.g. key=jax.random.key(0).")
     length = len(prompt) + max_tokens
     tokens = np.zeros(length, np.int32)
     tokens[: len(prompt)] = prompt
+    vocabulary = jax.eval_shape(apply, params, tokens[None]).shape[-1]
+    if not 0 <= tokens.min() <= tokens.max() < vocabulary:
+        raise ValueError(
+            f"The prompt has tokens from {tokens.min()} to {tokens.max()}, but the model's "
+            f"vocabulary is 0 to {vocabulary - 1}. Use the tokenizer that belongs to the model."
+        )
     stops = np.asarray(sorted(stop_tokens), np.int32)
     sampled, end = _generate(
         apply,
         params,
         jnp.asarray(tokens),
         len(prompt),
-        jax.random.key(0) if key is None else key,
+        jax.random.key(key or 0) if key is None or isinstance(key, int) else key,
         float(temperature),
         jnp.asarray(stops),
     )

@@ -4,7 +4,14 @@ Pure functions over arrays and plain values. This room knows Optax, Grain and (i
 Orbax; it knows nothing of models, telemetry or workflows.
 """
 
-from crucible.train.checkpoints import Checkpoint, latest, list_checkpoints, restore, save
+from crucible.train.checkpoints import (
+    Checkpoint,
+    latest,
+    list_checkpoints,
+    remove_leftovers,
+    restore,
+    save,
+)
 from crucible.train.data import Data, Stats, bundled_conversations, from_examples, load
 from crucible.train.losses import cross_entropy, linear_cross_entropy, next_token_loss
 from crucible.train.messages import Message, read_conversations
@@ -37,6 +44,7 @@ __all__ = [
     "next_token_loss",
     "pack",
     "read_conversations",
+    "remove_leftovers",
     "restore",
     "save",
     "warmup_decay",

@@ -25,7 +25,7 @@ from typing import Any
 import jax
 import numpy as np
 
-__all__ = ["Checkpoint", "latest", "list_checkpoints", "restore", "save"]
+__all__ = ["Checkpoint", "latest", "list_checkpoints", "remove_leftovers", "restore", "save"]
 
 FORMAT = 1
 INDEX = "checkpoints.jsonl"
@@ -80,9 +80,11 @@ def save(
     }
     text = json.dumps(manifest, indent=1, allow_nan=False)
     final = _directory(run) / f"{step:08d}"
-    if final.exists():
+    if _read(final) is not None:
         raise FileExistsError(f"{final} exists: step {step} of this run is already saved.")
     final.parent.mkdir(parents=True, exist_ok=True)
+    if final.exists():  # whatever it is, it is no checkpoint; it is kept, out of the way
+        final.rename(final.with_name(f".damaged-{step}-{uuid.uuid4().hex[:8]}"))
     temporary = final.with_name(f".tmp-{step}-{uuid.uuid4().hex[:8]}")
     entry = {"name": final.name, "path": f"checkpoints/{final.name}"}
     entry |= {k: manifest[k] for k in ("step", "saved_at", "metadata")}
@@ -136,9 +138,7 @@ def restore(run: str | Path, target: Any, step: int | None = None) -> tuple[Any,
             + "\n  ".join(differences)
             + "\nRestore with the model and optimizer it was saved with."
         )
-    abstract = jax.tree.map(
-        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=_sharding(x)), target
-    )
+    abstract = jax.tree.map(_abstract, target)
     return ocp.load(str(checkpoint.path.absolute()), abstract), checkpoint
 
 
@@ -174,9 +174,17 @@ def _read(path: Path) -> Checkpoint | None:
         return None
 
 
-def _sharding(leaf: Any) -> Any:
+def remove_leftovers(run: str | Path) -> None:
+    """Remove what a killed save left behind; only for the one process that writes this run."""
+    for path in _directory(run).glob(".tmp-*"):
+        shutil.rmtree(path, ignore_errors=True)
+
+
+def _abstract(leaf: Any) -> jax.ShapeDtypeStruct:
+    leaf = leaf if hasattr(leaf, "shape") else np.asarray(leaf)
     sharding = getattr(leaf, "sharding", None)
-    return sharding or jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    sharding = sharding or jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
 
 
 def _leaf_table(state: Any) -> dict[str, list]:

@@ -52,19 +52,20 @@ def adamw(
 ) -> optax.GradientTransformation:
     """AdamW with the settings language models are trained with (b1 0.9, b2 0.95).
 
-    Weight decay is for matrices: leaves of one dimension per layer (norms) are left alone.
+    Weight decay is for matrices: vectors are left alone, and whatever is called a norm, a scale or
+    a bias (stacked over layers, these have two dimensions too).
 
     Args:
         learning_rate: a number, or a function of the step.
         weight_decay: multiplied by the learning rate, as in PyTorch.
     """
 
+    def is_decayed(path, leaf):
+        name = str(getattr(path[-1], "key", "")) if path else ""
+        return leaf.ndim >= 2 and not any(word in name for word in ("norm", "scale", "bias"))
+
     def decayed(params):
-        # A scanned stack of norms is [L, D], a stack of matrices [L, in, out].
-        stacked = lambda path: any(getattr(k, "key", None) == "layers" for k in path)  # noqa: E731
-        return jax.tree_util.tree_map_with_path(
-            lambda path, leaf: leaf.ndim - stacked(path) >= 2, params
-        )
+        return jax.tree_util.tree_map_with_path(is_decayed, params)
 
     return optax.adamw(
         learning_rate, b1=0.9, b2=0.95, eps=1e-8, weight_decay=weight_decay, mask=decayed

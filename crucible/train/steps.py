@@ -19,6 +19,8 @@ from crucible.metrics import Mean, merge
 
 __all__ = ["LossFn", "Steps", "TrainState", "make_steps"]
 
+RESERVED = {"loss", "grad_norm", "learning_rate"}  # metrics that the step itself reports
+
 Batch = Any
 Metrics = dict[str, Any]
 
@@ -135,18 +137,18 @@ def make_steps(
 
         def total(params):
             loss, metrics = _call(loss_fn, params, batch, key, frozen)
-            return loss.total, {"loss": loss, **metrics}
+            return loss.total, (loss.weight, {"loss": loss, **metrics})
 
-        gradient, metrics = jax.grad(total, has_aux=True)(state.params)
-        return Mean(gradient, metrics["loss"].weight), metrics
+        gradient, (weight, metrics) = jax.grad(total, has_aux=True)(state.params)
+        return Mean(gradient, weight), metrics
 
     def accumulated(state, batch, frozen):
         if microbatches == 1:
             return forward_backward(state, batch, frozen)
         pieces = _split(batch, microbatches)
         rest = jax.tree.map(lambda x: x[1:], pieces)
-        grads, metrics = forward_backward(state, jax.tree.map(lambda x: x[0], pieces), frozen)
-        first = jax.tree.map(_wide, grads), metrics  # sums of many are kept in float32
+        first = forward_backward(state, jax.tree.map(lambda x: x[0], pieces), frozen)
+        first = jax.tree.map(_wide, first)  # sums of many are kept in float32
 
         def add(sums, indexed_piece):
             index, piece = indexed_piece
@@ -199,6 +201,11 @@ def _call(loss_fn, params, batch, key, frozen):
             "the loss a Mean: the sum over the batch and the weight to divide it by, e.g. "
             "`return Mean(total=nll.sum(), weight=weights.sum()), {}`."
         )
+    for name in RESERVED & set(result[1]):
+        raise ValueError(
+            f"The loss function reports a metric {name!r}, but the step reports its own under this "
+            "name. Rename yours."
+        )
     return result
 
 
@@ -218,8 +225,10 @@ def _own_strong_array(leaf: Any) -> jax.Array:
     return jax.lax.convert_element_type(array, array.dtype)
 
 
-def _wide(leaf: jax.Array) -> jax.Array:
-    return leaf.astype(jnp.promote_types(leaf.dtype, jnp.float32))
+def _wide(leaf: Any) -> jax.Array:
+    array = jnp.asarray(leaf)
+    is_float = jnp.issubdtype(array.dtype, jnp.floating)
+    return array.astype(jnp.promote_types(array.dtype, jnp.float32)) if is_float else array
 
 
 def _split(batch: Batch, pieces: int) -> Batch:

@@ -1,5 +1,6 @@
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
 from crucible.kitchen import Context
@@ -56,3 +57,37 @@ def test_a_misspelt_name_is_answered():
 def test_it_prints_what_it_holds():
     context = Context(state={"a": jnp.zeros(2), "b": jnp.zeros(3)}, x=jnp.zeros((2, 3)), name="n")
     assert repr(context) == "Context(state: 2 arrays, x: (2, 3), name: str)"
+
+
+def test_an_iterator_is_a_resource_and_a_numpy_scalar_or_a_shape_is_a_slot():
+    shape = jax.ShapeDtypeStruct((2,), jnp.float32)
+    context = Context(batches=iter([1, 2]), mixed=(1, "a"), rate=np.float32(0.5), shape=shape)
+    assert set(context.resources) == {"batches", "mixed"}
+    assert set(context.slots) == {"rate", "shape"}
+
+
+def test_it_is_a_mapping_of_slots_and_resources():
+    context = Context(x=1, name="run")
+    assert dict(context) == {"x": 1, "name": "run"}
+    assert len(context) == 2
+
+
+def test_contexts_of_other_resources_are_traced_anew_and_of_another_order_are_not():
+    traces = []
+
+    @jax.jit
+    def see(context):
+        traces.append(sorted(context))
+        return context["x"]
+
+    a, b = object(), object()
+    see(Context(x=jnp.ones(2), y=jnp.ones(3), first=a, second=b))
+    see(Context(y=jnp.ones(3), x=jnp.ones(2), second=b, first=a))
+    assert len(traces) == 1
+    see(Context(x=jnp.ones(2), y=jnp.ones(3), first=b, second=a))
+    assert len(traces) == 2
+
+
+def test_a_leaf_is_found_under_its_name():
+    paths = jax.tree_util.tree_leaves_with_path(Context(state={"w": 1.0}, name="run"))
+    assert [jax.tree_util.keystr(path) for path, _ in paths] == ["['state']['w']"]

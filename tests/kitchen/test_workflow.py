@@ -120,7 +120,7 @@ def test_the_check_names_the_stage_and_answers_a_misspelling():
         check(workflow, given=())
     check(workflow, given=("state",))
     again = repeat(2, stage("state")(lambda state: state))  # it gives what it needs, too late
-    with pytest.raises(ValueError, match=r"needs 'state'.*mean 'stat'"):
+    with pytest.raises(ValueError, match=r"needs 'state'.*only later.*\(state=None\)"):
         check(again, given=("stat",))
     with pytest.raises(ValueError, match="The condition or count of when"):
         check(sequence(when(lambda ready: ready, increment)), given=("x",))
@@ -160,3 +160,60 @@ def test_only_stages_can_be_combined():
     for combinator in (sequence, lambda s: repeat(1, s), lambda s: every(1, s)):
         with pytest.raises(TypeError, match=r"takes stages, not .* Decorate a function"):
             combinator(lambda x: x)
+
+
+def test_keyword_parameters_that_cannot_be_read_are_refused():
+    with pytest.raises(TypeError, match=r"takes \*\*options.*Name its parameters"):
+        stage("x")(lambda **options: options)
+
+
+def test_a_parameter_whose_default_is_none_is_optional():
+    tell = stage("said")(lambda x, frozen=None: (x, frozen))
+    assert tell.needs == ("x",)
+    assert tell(Context(x=1))["said"] == (1, None)
+
+
+def test_a_combination_touches_the_host_if_any_part_does():
+    outside = stage("x", host=True)(lambda x: x)
+    assert outside.host
+    assert not increment.host
+    assert sequence(increment, outside).host
+    assert repeat(2, every(2, when(True, increment, otherwise=outside))).host
+    assert not sequence(increment, double).host
+
+
+def test_stages_of_one_function_are_equal():
+    assert stage("x")(increment.fn) == stage("x")(increment.fn) == increment
+    assert stage("x")(increment.fn) != stage("y")(increment.fn)
+
+
+def test_ctrl_c_in_a_loop_says_where():
+    @stage()
+    def interrupted(step):
+        if step == 3:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt) as caught:
+        repeat(5, interrupted)(Context())
+    assert caught.value.__notes__ == ["At step 3 of 5."]
+
+
+def test_the_number_of_a_loop_that_runs_can_be_read_after_it():
+    after = stage("last")(lambda step: step)
+    assert sequence(repeat(3, increment), after).needs == ("x",)
+    assert sequence(repeat(3, increment), after)(Context(x=0))["last"] == 2
+
+
+def test_every_needs_the_number_of_a_loop():
+    assert every(2, increment).needs == ("step", "x")
+    with pytest.raises(ValueError, match="needs 'step'"):
+        check(every(2, increment), given=("x",))
+
+
+def test_each_need_is_named_once_and_with_the_stage_that_has_it_on_either_branch():
+    chosen = when(lambda x: x > 0, increment, otherwise=split)
+    assert chosen.needs == ("x",)
+    chosen = when(True, increment, otherwise=stage("x")(lambda other: other))
+    assert chosen.needs == ("x", "other")
+    with pytest.raises(ValueError, match="Stage '<lambda>' needs 'other'"):
+        check(chosen, given=("x",))

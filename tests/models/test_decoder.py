@@ -179,3 +179,70 @@ def test_low_frequencies_are_slowed_and_high_ones_kept():
 def test_impossible_shapes_are_refused(options, message):
     with pytest.raises(ValueError, match=message):
         dataclasses.replace(CONFIG, **options)
+
+
+def test_first_weights_have_the_deviation_of_their_fan_in_and_the_residual_ones_less():
+    config = models.DecoderConfig(
+        vocab_size=300, width=64, layers=4, heads=4, kv_heads=2, mlp_width=192, tied_head=False
+    )
+    params = models.decoder(config).init(jax.random.key(0))
+    expected = dict.fromkeys(("query", "key", "value", "gate", "up"), 64**-0.5)
+    expected |= {"output": 64**-0.5 / 8**0.5, "down": 192**-0.5 / 8**0.5}
+    for name, deviation in expected.items():
+        np.testing.assert_allclose(params["layers"][name].std((1, 2)), deviation, rtol=0.06)
+    for name in ("embed", "head"):
+        np.testing.assert_allclose(params[name].std(), 0.02, rtol=0.03)
+
+
+def test_no_two_first_weights_are_the_same_numbers():
+    config = dataclasses.replace(CONFIG, tied_head=False, mlp_width=16, kv_heads=4)
+    params = models.decoder(config).init(jax.random.key(0))
+    heads = [np.asarray(params[name])[:16] for name in ("embed", "head")]
+    layers = [np.asarray(w)[i] for w in params["layers"].values() if w.ndim == 3 for i in range(3)]
+    signs = [np.sign(w).tobytes() for w in (*heads, *layers)]
+    assert len(set(signs)) == 2 + 7 * 3
+
+
+def test_scaled_frequencies_are_those_of_llama_3():
+    """Wavelength by wavelength, as the reference implementation has it."""
+    from crucible.models.decoder import _frequencies
+
+    scaling = models.RopeScaling(
+        factor=8.0, low_frequency_factor=1.0, high_frequency_factor=4.0, original_max_length=1024
+    )
+    config = dataclasses.replace(CONFIG, head_dim=64, rope_theta=500_000.0, rope_scaling=scaling)
+    kinds = []
+    for i, scaled in enumerate(_frequencies(config)):
+        frequency = 500_000.0 ** (-2 * i / 64)
+        wavelength = 2 * np.pi / frequency
+        if wavelength < 1024 / 4:
+            kind, expected = "kept", frequency
+        elif wavelength > 1024 / 1:
+            kind, expected = "slowed", frequency / 8
+        else:
+            smooth = (1024 / wavelength - 1) / (4 - 1)
+            kind, expected = "between", (1 - smooth) * frequency / 8 + smooth * frequency
+        np.testing.assert_allclose(scaled, expected, rtol=1e-5)
+        kinds.append(kind)
+    assert set(kinds) == {"kept", "between", "slowed"}
+
+
+def test_norms_angles_and_logits_are_of_float32_in_a_bfloat16_model(params):
+    from crucible.models.decoder import _rms_norm, _rotary
+
+    x = jax.random.normal(jax.random.key(2), (32, 64)).astype(jnp.bfloat16)
+    wide = np.asarray(x, np.float64)
+    exact = wide / np.sqrt((wide**2).mean(-1, keepdims=True))
+    normed = np.asarray(_rms_norm(x, jnp.ones(64), 0.0), np.float64)
+    np.testing.assert_allclose(normed, exact, rtol=2**-8)  # rounded once, at the end
+
+    half = dataclasses.replace(CONFIG, dtype="bfloat16")
+    late = jnp.array([[1000, 1001]])  # one and the same in bfloat16
+    chex.assert_trees_all_equal(_rotary(half, late), _rotary(CONFIG, late))
+
+    model = models.decoder(half)
+    features, head = (
+        np.asarray(a.astype(jnp.bfloat16), np.float64)
+        for a in (model.features(params, TOKENS), model.head(params))
+    )
+    np.testing.assert_allclose(model.apply(params, TOKENS), features @ head.T, atol=1e-6)

@@ -77,3 +77,43 @@ def test_attaching_leaves_the_base_as_it_was(base, adapter):
 def test_impossible_adapters_are_refused(options, message):
     with pytest.raises(ValueError, match=message):
         models.LoraConfig(**options)
+
+
+def test_a_fresh_adapter_is_random_of_its_fan_in_and_other_for_each_projection(base):
+    config = models.LoraConfig(rank=64)
+    layers = models.init_lora(config, base, jax.random.key(2))["layers"]
+    for name, fan_in in (("query", 16), ("key", 16), ("down", 24)):
+        np.testing.assert_allclose(layers[name]["a"].std(), fan_in**-0.5, rtol=0.1)
+        assert not layers[name]["b"].any()
+    signs = [np.sign(pair["a"][i]).tobytes() for pair in layers.values() for i in range(2)]
+    assert len(set(signs)) == 2 * 7
+
+
+def test_a_fresh_adapter_can_learn(base):
+    fresh = models.init_lora(CONFIG, base, jax.random.key(2))
+    loss = lambda a: jnp.square(MODEL.apply(models.attach(base, a, CONFIG), TOKENS)).sum()  # noqa: E731
+    gradient = jax.grad(loss)(fresh)
+    for pair in gradient["layers"].values():
+        assert jnp.abs(pair["b"]).max() > 0
+
+
+def test_the_first_values_of_a_projection_do_not_depend_on_the_other_targets(base):
+    key = jax.random.key(2)
+    both = models.init_lora(models.LoraConfig(targets=("query", "down")), base, key)
+    alone = models.init_lora(models.LoraConfig(targets=("down",)), base, key)
+    chex.assert_trees_all_equal(both["layers"]["down"], alone["layers"]["down"])
+
+
+def test_merged_weights_and_projections_keep_their_types(base, adapter):
+    half = jax.tree.map(lambda x: x.astype(jnp.bfloat16), base)
+    merged = models.merge_lora(half, adapter, CONFIG)
+    chex.assert_trees_all_equal_shapes_and_dtypes(merged, half)
+    x = jnp.ones((3, 16), jnp.bfloat16)
+    wide = jax.tree.map(lambda w: w[0], models.attach(base, adapter, CONFIG)["layers"]["query"])
+    assert models.lora.project(x, wide).dtype == jnp.bfloat16
+    assert models.lora.project(x, wide.base).dtype == jnp.bfloat16
+    np.testing.assert_allclose(
+        models.lora.project(x, wide).astype(jnp.float32),
+        models.lora.project(x.astype(jnp.float32), wide),
+        atol=0.05,
+    )

@@ -54,3 +54,19 @@ def test_impossible_requests_are_refused():
         models.generate(MODEL.apply, PARAMS, [], temperature=0.0)
     with pytest.raises(ValueError, match="needs a key"):
         models.generate(MODEL.apply, PARAMS, PROMPT)
+
+
+def test_the_text_is_as_long_as_asked_for_and_64_tokens_by_default():
+    apply = lambda params, tokens: jnp.zeros((*tokens.shape, 3))  # noqa: E731
+    for asked in (1, 5):
+        assert len(models.generate(apply, {}, [0], max_tokens=asked, temperature=0.0)) == asked
+    assert len(models.generate(apply, {}, [0], temperature=0.0)) == 64
+
+
+def test_a_higher_temperature_flattens_the_distribution():
+    logits = jnp.log(jnp.array([0.8, 0.2]))
+    apply = lambda params, tokens: jnp.broadcast_to(logits, (*tokens.shape, 2))  # noqa: E731
+    key = jax.random.key(0)
+    for temperature, expected in ((0.5, 16 / 17), (2.0, 2 / 3)):
+        tokens = models.generate(apply, {}, [0], max_tokens=400, key=key, temperature=temperature)
+        assert abs(tokens.count(0) / 400 - expected) < 0.06

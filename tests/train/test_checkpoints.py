@@ -219,3 +219,72 @@ def test_a_kill_while_saving_loses_no_acknowledged_checkpoint(tmp_path):
             restored, _ = train.restore(run, target, step=checkpoint.step)
             assert (np.asarray(restored["w"]) == checkpoint.step).all()
         assert train.latest(run).step >= acknowledged[-1]
+
+
+def test_a_second_ctrl_c_during_a_save_is_heeded_at_once(tmp_path, state, monkeypatch):
+    reached = []
+
+    def interrupted_twice(path, tree):
+        signal.raise_signal(signal.SIGINT)
+        reached.append("after the first")
+        signal.raise_signal(signal.SIGINT)
+        reached.append("after the second")
+
+    monkeypatch.setattr("orbax.checkpoint.v1.save", interrupted_twice)
+    before = signal.getsignal(signal.SIGINT)
+    with pytest.raises(KeyboardInterrupt):
+        train.save(tmp_path, 1, state)
+    assert reached == ["after the first"]
+    assert signal.getsignal(signal.SIGINT) is before
+    assert train.list_checkpoints(tmp_path) == []
+    assert not list((tmp_path / "checkpoints").iterdir())
+
+
+def test_a_whole_checkpoint_that_was_never_renamed_does_not_exist(tmp_path, state):
+    """What a kill just before the rename leaves behind."""
+    final = train.save(tmp_path, 14, state).path
+    final.rename(final.with_name(".tmp-14-abc"))
+    assert train.list_checkpoints(tmp_path) == []
+    again = train.save(tmp_path, 14, state)
+    assert train.list_checkpoints(tmp_path) == [again]
+
+
+@pytest.mark.parametrize("text", ["{}", "[]", '"words"', "null", '{"step": 13, "metadata": {}}'])
+def test_a_manifest_that_says_something_else_is_no_checkpoint(tmp_path, state, text):
+    train.save(tmp_path, 1, state)
+    other = tmp_path / "checkpoints" / "00000013"
+    other.mkdir()
+    (other / "checkpoint.json").write_text(text)
+    assert [c.step for c in train.list_checkpoints(tmp_path)] == [1]
+
+
+@jax.tree_util.register_pytree_with_keys_class
+class Twins:
+    """Two leaves of one name, which a checkpoint could not tell apart."""
+
+    def tree_flatten_with_keys(self):
+        return [(jax.tree_util.DictKey("w"), jnp.zeros(1))] * 2, None
+
+    @classmethod
+    def tree_unflatten(cls, static, leaves):
+        return cls()
+
+
+def test_two_leaves_of_one_name_are_refused_and_nothing_is_written(tmp_path):
+    with pytest.raises(ValueError, match=r"Two leaves of the state are called \['w'\]"):
+        train.save(tmp_path, 1, Twins())
+    assert not (tmp_path / "checkpoints").exists()
+
+
+def test_what_a_killed_save_left_is_not_in_the_way_of_the_next(tmp_path, state, monkeypatch):
+    places = []
+
+    def killed(path, tree):
+        places.append(path)
+        raise OSError("cut")
+
+    monkeypatch.setattr("orbax.checkpoint.v1.save", killed)
+    for _ in range(2):
+        with pytest.raises(OSError, match="cut"):
+            train.save(tmp_path, 1, state)
+    assert len(set(places)) == 2

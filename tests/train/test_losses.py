@@ -164,3 +164,84 @@ def test_shapes_that_do_not_belong_together_are_named():
             jnp.ones((1, 2)),
             chunk=0,
         )
+
+
+def test_negative_weights_push_away():
+    hidden, head, targets, weights = example()
+    signed = weights.at[1].multiply(-1.0)
+    total, weight = oracle(hidden @ head.T, targets, signed)
+    for chunk in (7, 64):
+        loss = train.linear_cross_entropy(hidden, head, targets, signed, chunk=chunk)
+        np.testing.assert_allclose(loss.total, total, rtol=1e-4)
+        np.testing.assert_allclose(loss.weight, weight, rtol=1e-5)
+
+
+def test_logits_of_low_precision_are_reduced_as_if_they_were_float32():
+    hidden, head, targets, weights = example()
+    logits = (hidden @ head.T).astype(jnp.bfloat16)
+    loss = train.cross_entropy(logits, targets, weights)
+    assert loss.total.dtype == jnp.float32
+    total, _ = oracle(logits.astype(jnp.float32), targets, weights)
+    np.testing.assert_allclose(loss.total, total, rtol=1e-5)
+
+
+@pytest.mark.parametrize("chunk", [7, 64], ids=["chunked", "plain"])
+def test_products_of_low_precision_are_summed_in_float32(chunk):
+    hidden, head, targets, weights = example(width=64)
+    hidden, head = hidden.astype(jnp.bfloat16), head.astype(jnp.bfloat16)
+    loss = train.linear_cross_entropy(hidden, head, targets, weights, chunk=chunk)
+    wide = [np.asarray(x, np.float64) for x in (hidden, head)]
+    total, _ = oracle(wide[0] @ wide[1].T, targets, weights)
+    np.testing.assert_allclose(loss.total, total, rtol=1e-4)
+
+
+@pytest.mark.parametrize("chunk", [1, 64], ids=["chunked", "plain"])
+def test_products_are_taken_in_the_hidden_states_type(chunk):
+    """Two rows of the head that are one and the same in bfloat16."""
+    head = jnp.array([[1.0], [1.0 + 2**-10]])
+    hidden = jnp.full((1, 1), 16.0, jnp.bfloat16)
+    loss = train.linear_cross_entropy(hidden, head, jnp.zeros(1, int), jnp.ones(1), chunk=chunk)
+    np.testing.assert_allclose(loss.total, np.log(2), rtol=1e-4)
+
+
+@pytest.mark.parametrize("level", [-500.0, 500.0])
+def test_only_differences_between_logits_matter_to_the_chunked_form(level):
+    hidden, head = jnp.full((1, 1), level), jnp.ones((9, 1))
+    loss = train.linear_cross_entropy(hidden, head, jnp.zeros(1, int), jnp.ones(1), chunk=4)
+    np.testing.assert_allclose(loss.total, np.log(9), rtol=1e-4)
+
+
+def test_targets_that_are_not_the_leading_axes_are_named():
+    with pytest.raises(ValueError, match=r"targets \(2, 4\).*leading axes, \(2, 3\)"):
+        train.cross_entropy(jnp.zeros((2, 3, 7)), jnp.zeros((2, 4), int), jnp.ones((2, 4)))
+
+
+def test_the_next_token_loss_hands_positions_and_segments_on_and_counts_tokens():
+    _, head, targets, weights = example(tokens=(2, 6))
+    table = jax.random.normal(jax.random.key(9), (29, 8))
+    batch = {
+        "tokens": targets,
+        "targets": (targets + 1) % 29,
+        "weights": weights.at[1].multiply(-1.0),
+        "positions": jnp.array([[0, 1, 2, 0, 1, 0], [0, 1, 2, 3, 4, 5]]),
+        "segment_ids": jnp.array([[1, 1, 1, 2, 2, 0], [1, 1, 1, 1, 1, 1]]),
+    }
+
+    def features(params, tokens, positions=None, segment_ids=None):
+        positions = jnp.zeros_like(tokens) if positions is None else positions
+        segment_ids = jnp.zeros_like(tokens) if segment_ids is None else segment_ids
+        return params["table"][tokens] * (1 + positions + 10 * segment_ids)[..., None]
+
+    def check(batch):
+        params = {"table": table, "head": head}
+        loss, metrics = train.next_token_loss(features, lambda p: p["head"])(params, batch, None)
+        packing = (batch.get("positions"), batch.get("segment_ids"))
+        logits = features(params, batch["tokens"], *packing) @ head.T
+        expected = train.cross_entropy(logits, batch["targets"], batch["weights"])
+        np.testing.assert_allclose(loss.total, expected.total, rtol=1e-5)
+        assert metrics["supervised_tokens"] == np.count_nonzero(batch["weights"])
+        return metrics["tokens"]
+
+    assert check(batch) == 11
+    plain = {name: batch[name] for name in ("tokens", "targets", "weights")}
+    assert check(plain) == 12

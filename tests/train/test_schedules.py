@@ -39,3 +39,22 @@ def test_weight_decay_leaves_norms_alone():
 
 def jax_zeros(tree):
     return optax.tree.zeros_like(tree)
+
+
+def test_the_cosine_ends_at_the_fraction_asked_for():
+    rate = train.warmup_decay(2.0, decay_steps=8, final_fraction=0.5)
+    np.testing.assert_allclose([rate(0), rate(8), rate(99)], [2.0, 1.0, 1.0], rtol=1e-6)
+
+
+def test_adamw_takes_the_published_step_and_decays_nothing_by_default():
+    """Two steps in NumPy: b1 0.9, b2 0.95, epsilon 1e-8; tiny gradients show the epsilon."""
+    optimizer = train.adamw(0.1)
+    params = {"w": jnp.full((2, 2), 3.0)}
+    state, w, m, v = optimizer.init(params), 3.0, 0.0, 0.0
+    for t, g in enumerate((1e-6, -3e-6), start=1):
+        updates, state = optimizer.update({"w": jnp.full((2, 2), g)}, state, params)
+        m, v = 0.9 * m + 0.1 * g, 0.95 * v + 0.05 * g * g
+        step = -0.1 * (m / (1 - 0.9**t)) / (np.sqrt(v / (1 - 0.95**t)) + 1e-8)
+        np.testing.assert_allclose(updates["w"], step, rtol=1e-4)
+        params, w = optax.apply_updates(params, updates), w + step
+    np.testing.assert_allclose(params["w"], w, rtol=1e-6)

@@ -212,3 +212,70 @@ def test_a_loss_that_is_not_a_mean_is_told_what_to_return(params, batch, wrong):
 def test_impossible_options_are_refused(options):
     with pytest.raises(ValueError, match=next(iter(options))):
         train.make_steps(quiet, optax.sgd(0.1), **options)
+
+
+def test_gradients_within_the_norm_are_left_alone(params, batch):
+    free = train.make_steps(quiet, optax.sgd(1.0))
+    limited = train.make_steps(quiet, optax.sgd(1.0), max_grad_norm=1e6)
+    a, _ = free.train_step(free.init(params, 0), batch)
+    b, _ = limited.train_step(limited.init(params, 0), batch)
+    chex.assert_trees_all_close(a.params, b.params, rtol=1e-6)
+
+
+def test_clipping_a_zero_gradient_gives_zero(params, batch):
+    steps = train.make_steps(quiet, optax.sgd(1.0), max_grad_norm=0.5)
+    state, _ = steps.train_step(steps.init(params, 0), {**batch, "weights": jnp.zeros(8)})
+    chex.assert_trees_all_equal(state.params, params)
+
+
+@pytest.mark.parametrize("microbatches", [1, 2])
+def test_the_state_of_low_precision_parameters_keeps_its_types(params, batch, microbatches):
+    params = jax.tree.map(lambda x: x.astype(jnp.bfloat16), params)
+    batch = jax.tree.map(lambda x: x.astype(jnp.bfloat16), batch)
+    steps = train.make_steps(quiet, optax.adam(0.1), microbatches=microbatches)
+    first = steps.init(params, 0)
+    state, _ = steps.train_step(first, batch)
+    chex.assert_trees_all_equal_shapes_and_dtypes(state, first)
+
+
+def test_the_optimizer_is_given_the_parameters(params, batch):
+    steps = train.make_steps(quiet, optax.adamw(0.1, weight_decay=0.5))
+    state, _ = steps.train_step(steps.init(params, 0), {**batch, "weights": jnp.zeros(8)})
+    np.testing.assert_allclose(state.params["w"], 0.95 * params["w"], rtol=1e-6)
+
+
+def test_frozen_parameters_reach_every_microbatch(params, batch):
+    frozen = {"w": jnp.array([10.0, 0.0, 0.0])}
+    whole = train.make_steps(quiet, optax.sgd(0.1))
+    cut = train.make_steps(quiet, optax.sgd(0.1), microbatches=4)
+    a, _ = whole.train_step(whole.init(params, 0), batch, frozen)
+    b, _ = cut.train_step(cut.init(params, 0), batch, frozen)
+    chex.assert_trees_all_close(a.params, b.params, rtol=1e-5)
+
+
+def test_donation_spares_the_callers_key_and_an_optimizer_that_keeps_the_parameters(params, batch):
+    keeps = optax.GradientTransformation(lambda p: p, lambda g, s, p: (g, s))
+    steps = train.make_steps(quiet, keeps, donate=True)
+    key = jax.random.key(5)
+    state = steps.init(params, key)
+    assert state.opt_state["w"] is not state.params["w"]
+    steps.train_step(state, batch)
+    assert not key.is_deleted()
+    assert not params["w"].is_deleted()
+
+
+def test_a_leaf_without_an_example_axis_is_named(params, batch):
+    steps = train.make_steps(quiet, optax.sgd(0.1), microbatches=2)
+    with pytest.raises(ValueError, match=r"leaf batch\['scale'\] has shape \(\).*axis is missing"):
+        steps.train_step(steps.init(params, 0), {**batch, "scale": 1.0})
+
+
+@pytest.mark.filterwarnings("ignore:Some donated buffers were not usable")
+def test_donation_consumes_the_state_that_the_optimizer_step_is_given(params, batch):
+    for donate in (True, False):
+        steps = train.make_steps(quiet, optax.adam(0.1), donate=donate)
+        state = steps.init(params, 0)
+        grads, _ = steps.forward_backward(state, batch)
+        assert not state.params["w"].is_deleted()
+        steps.optim_step(state, grads)
+        assert state.params["w"].is_deleted() == donate

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -29,14 +30,17 @@ class PretrainedConfig:
     """Recompute each block in the backward pass: less memory, about a third more work."""
 
 
+NO_ADAPTER = models.LoraConfig(rank=0)
+
+
 @dataclass(frozen=True, kw_only=True)
 class SupervisedConfig:
     """Settings of supervised training."""
 
     model: models.DecoderConfig | PretrainedConfig = models.TINY
     """The model: a shape to train from scratch, over bytes, or pre-trained weights."""
-    lora: models.LoraConfig | None = None
-    """Train a LoRA adapter and leave the model itself as it is."""
+    lora: models.LoraConfig = NO_ADAPTER
+    """Train a LoRA adapter and leave the model itself as it is, if its rank is not 0."""
     data: Path | None = None
     """Conversations, a JSON Lines file; by default the bundled ones."""
     row_length: int = 512
@@ -75,10 +79,15 @@ class SupervisedConfig:
     def __post_init__(self):
         for name, least in _LEAST.items():
             value = getattr(self, name)
-            if not value >= least:
-                raise ValueError(f"{name}={value} must be at least {least}.")
-        if not self.learning_rate > 0:
-            raise ValueError(f"learning_rate={self.learning_rate} must be positive.")
+            if not isinstance(value, int) or value < least:
+                raise ValueError(f"{name}={value!r} must be a whole number, at least {least}.")
+        for name in ("weight_decay", "max_grad_norm"):
+            if not 0 <= getattr(self, name) < math.inf:
+                raise ValueError(f"{name}={getattr(self, name)} must be 0 or more, and finite.")
+        if not 0 < self.learning_rate < math.inf:
+            raise ValueError(f"learning_rate={self.learning_rate} must be positive and finite.")
+        if self.seed >= 2**32:
+            raise ValueError(f"seed={self.seed} must be below 2**32.")
         if not 0 <= self.eval_fraction < 1:
             raise ValueError(f"eval_fraction={self.eval_fraction} must be in [0, 1).")
         if self.batch_size % self.microbatches:
@@ -95,19 +104,22 @@ _LEAST = {
     "microbatches": 1,
     "warmup_steps": 0,
     "decay_steps": 0,
-    "weight_decay": 0,
-    "max_grad_norm": 0,
     "log_every": 0,
     "save_every": 0,
     "eval_every": 0,
 }
 
 
-def supervised(config: SupervisedConfig) -> Stage:
+def supervised(config: SupervisedConfig, *after_step: Stage) -> Stage:
     """The workflow of supervised training.
 
     At each step it evaluates and saves if the time has come, takes the step's batch, trains and
     hands its metrics on; so whatever carries the number of a step describes the state before it.
+
+    Args:
+        config: the settings.
+        *after_step: stages of your own, run at the end of each step; they may take `step`, `batch`,
+            `state` and `metrics`, as in `workflow=lambda config: supervised(config, mine)`.
     """
     evaluating = config.eval_every > 0 and config.eval_fraction > 0
     return sequence(
@@ -128,6 +140,7 @@ def supervised(config: SupervisedConfig) -> Stage:
             stages.next_batch,
             stages.train_step,
             stages.log_metrics,
+            *after_step,
             start=lambda first_step: first_step,
         ),
         stages.steps_taken,
@@ -148,7 +161,7 @@ def load_model(config: SupervisedConfig):
     else:
         model, tokenizer, system = models.decoder(config.model), models.ByteTokenizer(), None
         params = model.init(key)
-    if config.lora is None:
+    if config.lora.rank == 0:
         return model, tokenizer, system, params, None
     adapter = models.init_lora(config.lora, params, jax.random.fold_in(key, 2))
     return model, tokenizer, system, adapter, params
@@ -168,6 +181,8 @@ def load_data(config: SupervisedConfig, model: models.Decoder, tokenizer: train.
         eval_fraction=config.eval_fraction,
     )
     print(f"Data: {data.stats}")
+    if data.eval_stats is not None:
+        print(f"Held out: {data.eval_stats}")
     return data, data.batch_at
 
 
@@ -176,6 +191,6 @@ def make_loss(config: SupervisedConfig, model: models.Decoder):
     """The next-token loss, of the whole model or of its adapter on frozen weights."""
     plain = train.next_token_loss(model.features, model.head)
     lora = config.lora
-    if lora is None:
+    if lora.rank == 0:
         return plain
     return lambda adapter, batch, key, base: plain(models.attach(base, adapter, lora), batch, key)
