@@ -64,7 +64,8 @@ class Run:
         earlier = self._read_json("run.json") if self.resumed else {}
         attempt = earlier.get("attempt", -1) + 1
         before, now = self._read_json(CONFIG), to_json(config)
-        for line in changes(before, now | {"resume": before["resume"]}) if before else ():
+        same = {name: before[name] for name in ("workdir", "resume") if name in before}
+        for line in changes(before, now | same) if before else ():
             print(f"Changed since the last attempt: {line}")
         self._write_json(CONFIG, now)
         about = {"recipe": self.recipe, "run_id": self.run_id, "attempt": attempt}
