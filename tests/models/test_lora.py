@@ -69,7 +69,7 @@ def test_attaching_leaves_the_base_as_it_was(base, adapter):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"rank": 0}, "rank=0"),
+        ({"rank": -1}, "rank=-1"),
         ({"targets": ("q",)}, "'q' is none of them"),
         ({"targets": ()}, "()"),
     ],
@@ -117,3 +117,8 @@ def test_merged_weights_and_projections_keep_their_types(base, adapter):
         models.lora.project(x.astype(jnp.float32), wide),
         atol=0.05,
     )
+
+
+def test_an_adapter_of_rank_zero_is_none(base):
+    with pytest.raises(ValueError, match="rank=0 is no adapter"):
+        models.init_lora(models.LoraConfig(rank=0), base, jax.random.key(0))

