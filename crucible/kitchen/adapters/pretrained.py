@@ -73,8 +73,8 @@ def smollm2_file() -> Path:
             digest.update(piece)
     if digest.hexdigest() != SMOLLM2_SHA256:
         raise ValueError(
-            f"{path} is damaged: its SHA-256 is not that of {SMOLLM2_PACKAGE}. Delete it, or install "
-            "that version again."
+            f"{path} is damaged: its SHA-256 is not that of {SMOLLM2_PACKAGE}. Delete it, or "
+            "install that version again."
         )
     return path
 
