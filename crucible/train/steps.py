@@ -142,28 +142,8 @@ def make_steps(
         gradient, (weight, metrics) = jax.grad(total, has_aux=True)(state.params)
         return Mean(gradient, weight), metrics
 
-    def accumulated(state, batch, frozen):
-        if microbatches == 1:
-            return forward_backward(state, batch, frozen)
-        pieces = _split(batch, microbatches)
-        rest = jax.tree.map(lambda x: x[1:], pieces)
-        first = forward_backward(state, jax.tree.map(lambda x: x[0], pieces), frozen)
-        first = jax.tree.map(_wide, first)  # sums of many are kept in float32
-
-        def add(sums, indexed_piece):
-            index, piece = indexed_piece
-            return merge(sums, forward_backward(state, piece, frozen, index)), None
-
-        return jax.lax.scan(add, first, (jnp.arange(1, microbatches), rest))[0]
-
     def optim_step(state, grads):
-        safe = jnp.where(grads.weight == 0, 1, grads.weight)  # no weight: the gradient is zero
-        gradient = jax.tree.map(lambda g: g / safe, grads.total)
-        norm = optax.tree.norm(gradient)
-        if max_grad_norm is not None:
-            shrink = jnp.minimum(1.0, max_grad_norm / norm)  # of a zero norm: 1
-            gradient = jax.tree.map(lambda g: g * shrink, gradient)
-        gradient = jax.tree.map(lambda g, p: g.astype(p.dtype), gradient, state.params)
+        gradient, norm = _mean_gradient(grads, state.params, max_grad_norm)
         updates, opt_state = optimizer.update(gradient, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
         metrics = {"grad_norm": Mean(norm, jnp.ones(()))}
@@ -173,7 +153,7 @@ def make_steps(
         return state.replace(params=params, opt_state=opt_state, step=state.step + 1), metrics
 
     def train_step(state, batch, frozen=None):
-        grads, metrics = accumulated(state, batch, frozen)
+        grads, metrics = _accumulate(forward_backward, microbatches, state, batch, frozen)
         state, optim_metrics = optim_step(state, grads)
         return state, {**metrics, **optim_metrics}
 
@@ -190,6 +170,34 @@ def make_steps(
         jax.jit(train_step, donate_argnums=(0,) if donate else ()),
         jax.jit(eval_step),
     )
+
+
+def _accumulate(forward_backward, microbatches: int, state, batch: Batch, frozen):
+    """Gradients and metrics of a batch, computed piece by piece and added up."""
+    if microbatches == 1:
+        return forward_backward(state, batch, frozen)
+    pieces = _split(batch, microbatches)
+    first, rest = (
+        jax.tree.map(lambda x, part=part: x[part], pieces) for part in (0, slice(1, None))
+    )
+
+    def add(sums, numbered_piece):
+        number, piece = numbered_piece
+        return merge(sums, forward_backward(state, piece, frozen, number)), None
+
+    sums = jax.tree.map(_wide, forward_backward(state, first, frozen))  # kept in float32
+    return jax.lax.scan(add, sums, (jnp.arange(1, microbatches), rest))[0]
+
+
+def _mean_gradient(grads: Mean, params: Any, max_grad_norm: float | None) -> tuple[Any, jax.Array]:
+    """The gradient divided by its weight and clipped, and its norm before clipping."""
+    safe = jnp.where(grads.weight == 0, 1, grads.weight)  # no weight: the gradient is zero
+    gradient = jax.tree.map(lambda g: g / safe, grads.total)
+    norm = optax.tree.norm(gradient)
+    if max_grad_norm is not None:
+        shrink = jnp.minimum(1.0, max_grad_norm / norm)  # of a zero norm: 1
+        gradient = jax.tree.map(lambda g: g * shrink, gradient)
+    return jax.tree.map(lambda g, p: g.astype(p.dtype), gradient, params), norm
 
 
 def _call(loss_fn, params, batch, key, frozen):
