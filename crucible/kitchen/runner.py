@@ -250,9 +250,9 @@ def stored_config(name: str, config: Any) -> Any:
     Raises:
         FileNotFoundError: there is no such run.
     """
-    workdir = _locate(name, config).workdir
-    stored = json.loads((workdir / CONFIG).read_text()) if (workdir / CONFIG).exists() else {}
-    return override(config, stored | {"workdir": workdir, "resume": True})
+    earlier = _locate(name, config)
+    stored = earlier._read_json(CONFIG)
+    return override(config, stored | {"workdir": earlier.workdir, "resume": True})
 
 
 def _workdir(name: str, config: Any) -> Path:
