@@ -7,9 +7,10 @@ stage; a metrics tree adds. The rooms:
 * `crucible.models`: what a model is (decoders, LoRA, loading, tokenizers, sampling).
 * `crucible.train`: what a step means (steps, losses, data, checkpoints).
 * `crucible.telemetry`: where numbers go (stream, stores, sinks).
-* `crucible.kitchen`: how a run goes (context, stages, workflows, recipes, command line).
+* `crucible.kitchen`: how a run goes (context, stages, workflows, plans, recipes, command line).
+* `crucible.ir`: frozen definitions of experiments, to and from JSON.
 """
 
-from crucible import kitchen, metrics, models, telemetry, train
+from crucible import ir, kitchen, metrics, models, telemetry, train
 
-__all__ = ["kitchen", "metrics", "models", "telemetry", "train"]
+__all__ = ["ir", "kitchen", "metrics", "models", "telemetry", "train"]

@@ -12,7 +12,14 @@ import pytest
 import crucible
 from tests.conftest import REPOSITORY
 
-ROOMS = [crucible.kitchen, crucible.metrics, crucible.models, crucible.telemetry, crucible.train]
+ROOMS = [
+    crucible.ir,
+    crucible.kitchen,
+    crucible.metrics,
+    crucible.models,
+    crucible.telemetry,
+    crucible.train,
+]
 MODULES = [
     importlib.import_module(info.name)
     for info in pkgutil.walk_packages(crucible.__path__, "crucible.")

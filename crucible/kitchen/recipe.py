@@ -1,19 +1,18 @@
-"""Recipes: a workflow builder and a frozen config, nothing else; and their command line."""
+"""Recipes: a workflow builder and a frozen config, nothing else."""
 
 from __future__ import annotations
 
 import dataclasses
-import sys
 import typing
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 from crucible.kitchen.stage import Stage
 from crucible.kitchen.words import did_you_mean
 
-__all__ = ["Recipe", "changes", "main", "override", "to_json"]
+__all__ = ["Recipe", "changes", "override", "to_json"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -101,49 +100,3 @@ def to_json(value: Any) -> Any:
     if isinstance(value, tuple | list):
         return [to_json(item) for item in value]
     return str(value) if isinstance(value, Path) else value
-
-
-def main(recipe: Recipe) -> None:
-    """Run a recipe from the command line: the fields of its config are the options.
-
-    With `--resume` the run's own config takes the place of the recipe's, so that only what is to
-    change need be said again.
-
-    Exits with 0 when done, 2 when an option is wrong, 1 when the input is, 130 after Ctrl-C; an
-    error inside the training loop is raised with its traceback.
-    """
-    from crucible.kitchen.runner import run, stored_config
-
-    program = f"python -m recipes.{recipe.name}"
-    try:
-        config = _parse(recipe.config, program)
-        if getattr(config, "resume", False):
-            config = _parse(stored_config(recipe.name, config), program)
-        run(dataclasses.replace(recipe, config=config))
-    except KeyboardInterrupt as interrupt:
-        notes = "\n".join(getattr(interrupt, "__notes__", ()))
-        _exit(130, f"\nInterrupted.\n{notes}")
-    except (ValueError, OSError, ImportError) as error:
-        notes = getattr(error, "__notes__", [])
-        if any(note.startswith("At ") for note in notes):
-            raise
-        _exit(1, "\n".join([f"{program}: {error}", *notes]))
-
-
-def _parse(default: Any, program: str) -> Any:
-    """The command line's options over a config; exits with 2 when one is wrong."""
-    import tyro
-
-    lines = (sys.modules["__main__"].__doc__ or "").splitlines()
-    return tyro.cli(
-        type(default),
-        default=default,
-        prog=program,
-        description="\n\n".join(filter(None, lines)),  # each its own paragraph: none are joined
-        config=(tyro.conf.AvoidSubcommands,),
-    )
-
-
-def _exit(code: int, message: str) -> NoReturn:
-    print(message, file=sys.stderr)
-    sys.exit(code)

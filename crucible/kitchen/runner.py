@@ -1,102 +1,33 @@
-"""Running a recipe: the run's directory, its stream of metrics, its result."""
+"""Running: the plan first, then the compiled workflow in its directory, and what is left of it."""
 
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import json
-import os
 import time
-import uuid
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from crucible import telemetry, train
+from crucible.kitchen import ports as port_bindings
+from crucible.kitchen.compile import compile as compile_workflow
 from crucible.kitchen.context import Context
-from crucible.kitchen.recipe import Recipe, changes, override, to_json
+from crucible.kitchen.ledger import Compilation, Ledger
+from crucible.kitchen.ledger import current as recorded
+from crucible.kitchen.plan import Plan, plan_workflow
+from crucible.kitchen.rundir import EVENTS, METRICS, Run, locate
 from crucible.kitchen.stage import Stage
+from crucible.kitchen.targets import Target, experiment_of, resolve
+from crucible.kitchen.walk import Problem, recall
 from crucible.kitchen.words import did_you_mean
-from crucible.kitchen.workflow import check
 
-__all__ = ["Kit", "Result", "Run", "run", "steps", "stored_config"]
+__all__ = ["Kit", "Result", "plan", "run", "steps"]
 
-METRICS = "metrics.jsonl"
-CONFIG = "config.json"
-
-
-@dataclass(frozen=True, kw_only=True, eq=False)
-class Run:
-    """A run's identity and its directory. It is made on disk by `open`, after all checks.
-
-    Attributes:
-        recipe: the recipe's name.
-        workdir: the run's own directory.
-        run_id: the directory's name.
-        resumed: whether the directory holds an earlier attempt that is to be continued.
-        closing: what must be closed when the run ends, however it ends.
-    """
-
-    recipe: str
-    workdir: Path
-    resumed: bool
-    closing: contextlib.ExitStack = field(default_factory=contextlib.ExitStack)
-
-    @property
-    def run_id(self) -> str:
-        """The directory's name."""
-        return self.workdir.resolve().name
-
-    def open(self, config: Any, *, first_step: int) -> telemetry.Stream:
-        """Make the directory ours, write the config into it, and open the stream of metrics.
-
-        Args:
-            config: has `num_steps` and `log_every`.
-            first_step: where the run starts.
-
-        Raises:
-            BlockingIOError: another process is running in the directory.
-        """
-        self.workdir.mkdir(parents=True, exist_ok=True)
-        self._lock()
-        train.remove_leftovers(self.workdir)
-        earlier = self._read_json("run.json") if self.resumed else {}
-        attempt = earlier.get("attempt", -1) + 1
-        before, now = self._read_json(CONFIG), to_json(config)
-        same = {name: before[name] for name in ("workdir", "resume") if name in before}
-        for line in changes(before, now | same) if before else ():
-            print(f"Changed since the last attempt: {line}")
-        self._write_json(CONFIG, now)
-        about = {"recipe": self.recipe, "run_id": self.run_id, "attempt": attempt}
-        self._write_json("run.json", about | {"versions": _versions()})
-        console = telemetry.ConsoleSink(
-            config.num_steps, start_step=first_step, every=config.log_every, title=self.recipe
-        )
-        store = telemetry.JsonlStore(self.workdir / METRICS)
-        board = telemetry.TensorBoardSink(self.workdir / "tensorboard", every=config.log_every)
-        stream = telemetry.Stream(self.run_id, [store, console, board], attempt=attempt)
-        return self.closing.enter_context(stream)
-
-    def _lock(self) -> None:
-        """Held while the run is open; the system lets go of it however the process ends."""
-        file = self.closing.enter_context((self.workdir / ".lock").open("a"))
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise BlockingIOError(
-                f"Another process is running in {self.workdir}. Wait until it is done, or choose "
-                "another --workdir."
-            ) from None
-
-    def _read_json(self, name: str) -> dict:
-        path = self.workdir / name
-        return json.loads(path.read_text()) if path.exists() else {}
-
-    def _write_json(self, name: str, value: Any) -> None:
-        temporary = self.workdir / f".{name}.tmp"
-        temporary.write_text(json.dumps(value, indent=2) + "\n")
-        temporary.rename(self.workdir / name)
+LEDGER = "ledger.json"
+WRITING = "metrics_store"  # the port that makes its file when it is bound
+QUIET = ("stage.run", "training.step", "training.metrics")  # events too many for a run's file
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -108,12 +39,17 @@ class Result:
         history: `{metric: History(steps, values)}`, arrays, of all attempts of the run.
         workdir: the run's directory.
         seconds: how long it took.
+        compiles: every XLA compilation, with its stage and, for a program compiled again, the
+            leaves that made it so.
+        costs: `[{stage, calls, seconds, waited, compiling, tokens}]`, the dearest stage first.
     """
 
     context: Context = field(repr=False)
     history: Mapping[str, telemetry.History] = field(repr=False)
     workdir: Path
     seconds: float
+    compiles: Sequence[Compilation] = field(repr=False, default=())
+    costs: Sequence[Mapping[str, Any]] = field(repr=False, default=())
 
     def plot(self, *metrics: str) -> Any:
         """Draw metrics over steps (by default the losses); returns the Matplotlib axes.
@@ -158,57 +94,195 @@ class Kit(NamedTuple):
     context: Context
 
 
-def run(recipe: Recipe, **overrides: Any) -> Result:
-    """Run a recipe from beginning to end, or on from its last checkpoint (`resume=True`).
+def run(
+    target: Any,
+    *,
+    config: Any = None,
+    context: Mapping[str, Any] | None = None,
+    ports: Mapping[str, Any] | None = None,
+    keep: Sequence[str] = (),
+    dry_run: bool = False,
+    **overrides: Any,
+) -> Any:
+    """Run a recipe or a workflow from beginning to end, or on from its last checkpoint.
+
+    The plan comes first: what it finds wrong is raised before anything is written. Then the
+    workflow is compiled and run, and every run has a directory of its own.
 
     Args:
-        recipe: what to run. Its config may say `workdir` and `resume`.
-        **overrides: fields of its config; a mapping changes fields of a nested one, as in
+        target: a `Recipe`, a module with one (`RECIPE`), or a workflow.
+        config: for a workflow, its config, a dataclass; for a recipe, one in place of its own. It
+            may say `workdir` and `resume`.
+        context: values to begin with, for a workflow that needs some. Slots that the workflow
+            replaces lend it their memory: a second run needs new ones.
+        ports: what to bind to each port, an object or a short string, as in
+            `{"dataset_store": "jsonl:conversations.jsonl"}`.
+        keep: names to have in the last context even if they are used up within a program.
+        dry_run: stop after the plan, and return it.
+        **overrides: fields of the config; a mapping changes fields of a nested one, as in
             `model={"layers": 4}`.
 
     Returns:
-        The `Result`.
+        The `Result`; with `dry_run` the `Plan`.
 
     Raises:
         TypeError: no such field.
         ValueError: a field, the data or the workflow is wrong; said before the first step.
         FileExistsError: the directory has a run in it, and `resume` is not set.
         FileNotFoundError: there is nothing to resume, or an input file is missing.
+
+    Example:
+        >>> from crucible.kitchen import Context, repeat, stage
+        >>> halve = stage("x")(lambda x: x / 2)
+        >>> plan = run(repeat(3, halve), context={"x": 8.0}, dry_run=True)
+        >>> plan.ok, [program.donates for program in plan.programs]
+        (True, [('x',)])
     """
     began = time.monotonic()
-    config = override(recipe.config, overrides)
-    workflow = recipe.workflow(config)
-    current = _locate(recipe.name, config)
-    context = Context(config=config, run=current)
-    check(workflow, context)
+    wanted = resolve(target, overrides, config=config, context=context)
+    current = locate(wanted.name, wanted.config)
+    found, bound = _bound_for_plan(ports or {})
+    planned = _plan(wanted, found, bound, current, keep=keep)
+    if dry_run:
+        return planned
+    planned.check()
+    for name, said in planned.data.items():
+        print(f"{name}: {said}")
+    workflow = compile_workflow(recall(planned.made, wanted.workflow), keep=keep)
+    ledger = Ledger(current.run_id)
+    experiment = experiment_of(wanted, current.run_id, ports or {})
+    about = {"workflow": wanted.name, "run_id": current.run_id, "config": repr(wanted.config)}
     try:
-        with current.closing:
-            context = workflow(context)
+        with current.opened(experiment, wanted.config), _told(current, ledger), ledger.recording():
+            try:
+                with telemetry.span("workflow.run", about):
+                    last = workflow.run(wanted.context(run=current, **port_bindings.bind(bound)))
+            finally:
+                _store(current, ledger)
     except (Exception, KeyboardInterrupt) as error:
-        notes = getattr(error, "__notes__", ())
-        if any(note.startswith("At ") for note in notes):  # it was training
-            error.add_note(f"Run directory: {current.workdir}")
-            saved = train.latest(current.workdir)
-            error.add_note(
-                f"Last checkpoint: step {saved.step}. Continue with --workdir {current.workdir} "
-                "--resume."
-                if saved
-                else "No checkpoint was saved yet."
-            )
+        _say_where(error, current)
         raise
     metrics = current.workdir / METRICS
-    history = telemetry.history(metrics) if metrics.exists() else {}
     result = Result(
-        context=context,
-        history=history,
+        context=last,
+        history=telemetry.history(metrics) if metrics.exists() else {},
         workdir=current.workdir,
         seconds=time.monotonic() - began,
+        compiles=tuple(ledger.compiles),
+        costs=tuple(ledger.table()),
     )
     print(_summary(result))
     return result
 
 
-def steps(recipe: Recipe, **overrides: Any) -> Kit:
+def plan(
+    target: Any,
+    *,
+    config: Any = None,
+    context: Mapping[str, Any] | None = None,
+    ports: Mapping[str, Any] | None = None,
+    keep: Sequence[str] = (),
+    compile: bool = False,
+    **overrides: Any,
+) -> Plan:
+    """What a run would do, found out before a FLOP is spent.
+
+    Arguments as for `run`; arrays in the context may be `jax.ShapeDtypeStruct`s.
+
+    Args:
+        target: a `Recipe`, a module with one, or a workflow.
+        config: the config.
+        context: values to begin with.
+        ports: what to bind to each port; nothing is opened.
+        keep: names to keep.
+        compile: compile each program as well, for its memory, donation and compile time.
+        **overrides: fields of the config.
+
+    Returns:
+        The `Plan`: print it, ask it `ok`, or let it raise with `check`.
+
+    Example:
+        >>> import jax, jax.numpy as jnp
+        >>> from crucible.kitchen import stage
+        >>> wide = jax.ShapeDtypeStruct((8192, 8192), jnp.bfloat16)
+        >>> square = stage("y")(lambda x: x @ x)
+        >>> plan(square, context={"x": wide}).stages[-1].gives
+        {'y': 'bfloat16[8192, 8192]'}
+    """
+    wanted = resolve(target, overrides, config=config, context=context)
+    current = locate(wanted.name, wanted.config)
+    return _plan(wanted, *_bound_for_plan(ports or {}), current, keep=keep, compile=compile)
+
+
+def _plan(
+    target: Target,
+    found: Sequence[Problem],
+    bound: Mapping[str, Any],
+    current: Run,
+    *,
+    keep: Sequence[str] = (),
+    compile: bool = False,
+) -> Plan:
+    reading = {name: value for name, value in bound.items() if name != WRITING}
+    return plan_workflow(
+        target.name,
+        target.workflow,
+        target.context(run=current, **reading),
+        keep=keep,
+        compile=compile,
+        problems=found,
+    )
+
+
+def _bound_for_plan(ports: Mapping[str, Any]) -> tuple[list[Problem], dict[str, Any]]:
+    """What is wrong with the ports, or else the ports, bound as far as that leaves no trace.
+
+    The run goes on with the same objects, so that what the plan has made of them is its own.
+    """
+    if found := port_bindings.problems(ports):
+        return [Problem("ports", said, ValueError(said)) for said in found], {}
+    reading = {name: value for name, value in ports.items() if name != WRITING}
+    return [], {**ports, **port_bindings.bind(reading)}
+
+
+@contextlib.contextmanager
+def _told(current: Run, ledger: Ledger):
+    """Write the run's events, but those of every step, into its directory."""
+    names = [name for name in telemetry.EVENTS if name not in QUIET]
+    log = telemetry.JsonlEvents(current.workdir / EVENTS)
+
+    def ours(event: telemetry.Event) -> bool:  # a run in another thread may be called the same
+        return event.metadata.get("run_id") == current.run_id and recorded() in (ledger, None)
+
+    try:
+        with telemetry.attached(f"run {current.workdir}", names, log, where=ours):
+            yield
+    finally:
+        log.close()
+
+
+def _store(current: Run, ledger: Ledger) -> None:
+    values = {"costs": ledger.table(), "compiles": [vars(c) for c in ledger.compiles]}
+    current.write(LEDGER, json.dumps(values, indent=1))
+
+
+def _say_where(error: BaseException, current: Run) -> None:
+    """Note where the run is, and how to go on; let go of the context."""
+    error.__dict__.pop("_crucible_context", None)
+    if not current.workdir.exists():
+        return
+    error.add_note(f"Run directory: {current.workdir}")
+    if any(note.startswith("At ") for note in getattr(error, "__notes__", ())):  # in a loop
+        saved = train.latest(current.workdir)
+        error.add_note(
+            f"Last checkpoint: step {saved.step}. Continue with --workdir {current.workdir} "
+            "--resume."
+            if saved
+            else "No checkpoint was saved yet."
+        )
+
+
+def steps(recipe: Any, **overrides: Any) -> Kit:
     """A recipe's jitted functions, first state and batches, for a loop of your own.
 
     The loop below ends in the very parameters that `run` would end in:
@@ -224,86 +298,22 @@ def steps(recipe: Recipe, **overrides: Any) -> Kit:
         recipe: whose.
         **overrides: fields of its config, as in `run`.
     """
-    config = override(recipe.config, overrides)
-    context = Context(config=config, donate=False)
-    for part in _leaves(recipe.workflow(config)):
+    target = resolve(recipe, overrides)
+    wanted = ("steps", "state", "data")
+    context = target.context()
+    keep = (*wanted, "frozen")
+    for part in _setup(compile_workflow(target.workflow, keep=keep)):
         context = part(context)
-        if all(name in context for name in ("steps", "state", "batch_at")):
+        if all(name in context for name in wanted):
             break
     frozen = context.get("frozen")
-    return Kit(context["steps"], context["state"], context["batch_at"], frozen, context)
+    return Kit(context["steps"], context["state"], context["data"].batch_at, frozen, context)
 
 
-def _leaves(workflow: Stage):
+def _setup(workflow: Stage):
     """The stages of nested sequences, in order."""
-    for part in workflow.parts if workflow.name == "sequence" else (workflow,):
-        yield from _leaves(part) if part.name == "sequence" else (part,)
-
-
-def stored_config(name: str, config: Any) -> Any:
-    """The config of the run that `config` asks to resume, as it was when the run was last started.
-
-    Args:
-        name: the recipe's.
-        config: of the same class; its `workdir` says which run, by default the newest.
-
-    Raises:
-        FileNotFoundError: there is no such run.
-    """
-    earlier = _locate(name, config)
-    stored = earlier._read_json(CONFIG)
-    return override(config, stored | {"workdir": earlier.workdir, "resume": True})
-
-
-def _workdir(name: str, config: Any) -> Path:
-    runs = Path("runs") / name
-    if getattr(config, "workdir", None) is not None:
-        return Path(config.workdir).expanduser()
-    if not getattr(config, "resume", False):
-        return runs / f"{time.strftime('%Y%m%d-%H%M%S')}-{uuid.uuid4().hex[:6]}"
-    earlier = [path for path in runs.glob("*") if _has_run(path)]
-    if not earlier:
-        raise FileNotFoundError(f"--resume: there is no run in {runs} to continue.")
-    newest = max(earlier, key=lambda path: path.stat().st_mtime)
-    print(f"Resuming the newest run of {name}: {newest}")
-    return newest
-
-
-def _locate(name: str, config: Any) -> Run:
-    """Where the run goes, with every misunderstanding about it cleared up."""
-    workdir = _workdir(name, config)
-    nearest = next(path for path in (workdir, *workdir.absolute().parents) if path.exists())
-    if not nearest.is_dir():
-        raise NotADirectoryError(
-            f"workdir={workdir}: {nearest} is a file. Choose another --workdir."
-        )
-    resume = bool(getattr(config, "resume", False))
-    if _has_run(workdir) and not resume:
-        raise FileExistsError(
-            f"{workdir} has a run in it already. Continue it with --resume (resume=True), or start "
-            "another in another directory with --workdir (workdir=...)."
-        )
-    if resume and not _has_run(workdir):
-        raise FileNotFoundError(
-            f"--resume: {workdir} has no run in it to continue. Leave --resume out to start one."
-        )
-    if not os.access(nearest, os.W_OK):
-        raise PermissionError(f"Cannot write to {workdir}. Choose another --workdir.")
-    return Run(recipe=name, workdir=workdir, resumed=resume)
-
-
-def _has_run(workdir: Path) -> bool:
-    return any((workdir / name).exists() for name in (CONFIG, METRICS, "checkpoints"))
-
-
-def _versions() -> dict[str, str]:
-    from importlib.metadata import PackageNotFoundError, version
-
-    found = {}
-    for package in ("crucible-jax", "jax", "flax", "optax", "orbax-checkpoint", "grain"):
-        with contextlib.suppress(PackageNotFoundError):
-            found[package] = version(package)
-    return found
+    for part in workflow.parts if workflow.kind == "sequence" else (workflow,):
+        yield from _setup(part) if part.kind == "sequence" else (part,)
 
 
 def _summary(result: Result) -> str:
@@ -313,5 +323,17 @@ def _summary(result: Result) -> str:
             values = result.history[name].values
             said.append(f"{name} {values[0]:.3f} → {values[-1]:.3f}")
     minutes, seconds = divmod(round(result.seconds), 60)
-    done = f"Done in {minutes}:{seconds:02d}."
-    return f"{done} {', '.join(said)}\nRun directory: {result.workdir}"
+    lines = [f"Done in {minutes}:{seconds:02d}. {', '.join(said)}".rstrip()]
+    lines += _cost_lines(result.costs)
+    return "\n".join([*lines, f"Run directory: {result.workdir}"])
+
+
+def _cost_lines(costs: Sequence[Mapping[str, Any]]) -> list[str]:
+    """The dearest stages, a line each."""
+    lines = []
+    for row in [row for row in costs if row["seconds"] >= 0.1][:6]:
+        parts = [f"{row['calls']:,} call{'s' if row['calls'] > 1 else ''}"]
+        parts += [f"{row[k]:.1f} s {k}" for k in ("waited", "compiling") if row[k] >= 0.05]
+        parts += [f"{row['tokens']:,} tokens"] if row["tokens"] else []
+        lines.append(f"  {row['stage']:<24} {row['seconds']:>8.1f} s   {', '.join(parts)}")
+    return lines

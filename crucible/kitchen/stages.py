@@ -2,24 +2,33 @@
 
 from __future__ import annotations
 
+import contextvars
+import math
+import time
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 import jax
+import numpy as np
 
-from crucible import train
+from crucible import telemetry, train
+from crucible.kitchen.ledger import waited, waiting
+from crucible.kitchen.ports import unbound
 from crucible.kitchen.recipe import changes, to_json
-from crucible.kitchen.runner import Run
+from crucible.kitchen.rundir import METRICS, Run
 from crucible.kitchen.stage import stage
 from crucible.metrics import merge
 
 __all__ = [
+    "close_run",
     "evaluate",
     "init_state",
     "log_metrics",
     "make_steps",
     "next_batch",
-    "open_run",
+    "open_stream",
+    "read_ahead",
     "restore",
     "save_checkpoint",
     "steps_taken",
@@ -29,9 +38,9 @@ __all__ = [
 IDENTITY = ("model", "lora", "seed", "row_length", "batch_size")  # fields that a run cannot change
 
 
-@stage("steps", host=True)
-def make_steps(config: Any, loss_fn: Any, donate: bool = True):
-    """Build the jitted functions of the run, with AdamW."""
+@stage("steps", host=True, plan=True)
+def make_steps(config: Any, loss_fn: Any):
+    """Build the functions of the run, with AdamW."""
     schedule = train.warmup_decay(
         config.learning_rate, warmup_steps=config.warmup_steps, decay_steps=config.decay_steps
     )
@@ -41,25 +50,33 @@ def make_steps(config: Any, loss_fn: Any, donate: bool = True):
         microbatches=config.microbatches,
         max_grad_norm=config.max_grad_norm or None,
         schedule=schedule,
-        donate=donate,
     )
 
 
-@stage("state", "params", host=True)
+@stage("state", "params")
 def init_state(config: Any, steps: train.Steps, params: Any):
-    """The first state; it owns a copy of the parameters, so the context lets go of them."""
+    """The first state; it has the parameters, so the context lets go of them."""
     return steps.init(params, jax.random.key(config.seed)), None
 
 
-@stage("state", "first_step", host=True)
+def _restored(run: Run, state: train.TrainState):
+    """What `restore` gives, without reading a checkpoint."""
+    last = train.latest(run.workdir) if run.resumed else None
+    return state, 0 if last is None else last.step, None
+
+
+@stage("state", "first_step", "chunk", host=True, plan=_restored)
 def restore(config: Any, run: Run, state: train.TrainState, data: Any):
-    """The state to start from: the last checkpoint's if the run is resumed, else the first."""
+    """The state to start from: the last checkpoint's if the run is resumed, else the first.
+
+    With it comes the number of steps per dispatch that the run had chosen, if it is to choose.
+    """
     if not run.resumed:
-        return state, 0
+        return state, 0, None
     last = train.latest(run.workdir)
     if last is None:
         print(f"{run.workdir} has no checkpoint yet: starting from step 0.")
-        return state, 0
+        return state, 0, None
     _must_be_the_same_run(run, config, last.metadata)
     restored, checkpoint = train.restore(run.workdir, state)
     saved = last.metadata.get("data_fingerprint")
@@ -74,7 +91,8 @@ def restore(config: Any, run: Run, state: train.TrainState, data: Any):
         print(
             f"It has all of its {config.num_steps} steps (--num-steps): nothing is left to train."
         )
-    return restored, checkpoint.step
+    chosen = getattr(config, "chunk", 1) == "auto"
+    return restored, checkpoint.step, last.metadata.get("chunk") if chosen else None
 
 
 def _must_be_the_same_run(run: Run, config: Any, saved_with: Mapping[str, Any]) -> None:
@@ -90,18 +108,107 @@ def _must_be_the_same_run(run: Run, config: Any, saved_with: Mapping[str, Any]) 
         )
 
 
-@stage("stream", "batches", host=True)
-def open_run(config: Any, run: Run, data: Any, first_step: int):
-    """Open the run's directory and metrics, and start reading batches ahead."""
-    batches = data.batches(first_step)
-    run.closing.callback(batches.close)
-    return run.open(config, first_step=first_step), batches
+@stage("stream", host=True)
+def open_stream(
+    config: Any, run: Run, first_step: int, metrics_store: Any = unbound("metrics_store")
+):
+    """Open the run's stream of metrics: stored, shown, and told as events."""
+    sinks = [
+        telemetry.JsonlStore(run.workdir / METRICS),
+        telemetry.ConsoleSink(
+            config.num_steps, start_step=first_step, every=config.log_every, title=run.recipe
+        ),
+        telemetry.TensorBoardSink(run.workdir / "tensorboard", every=config.log_every),
+        _MetricsEvents(run.run_id, config.num_steps),
+    ]
+    if metrics_store:
+        sinks.append(metrics_store)
+    return telemetry.Stream(run.run_id, sinks, attempt=run.attempt)
 
 
-@stage("batch", host=True)
-def next_batch(batches: Any):
-    """The step's batch, on its way to the device."""
-    return jax.device_put(next(batches))
+class _MetricsEvents:
+    """Tells a run's records as events, to whoever listens."""
+
+    def __init__(self, run_id: str, total_steps: int):
+        self._about = {"run_id": run_id, "total_steps": total_steps}
+        self._emit = partial(contextvars.copy_context().run, telemetry.emit)  # as the run's thread
+
+    def __call__(self, record: telemetry.Record) -> None:
+        about = self._about | {"step": record.step}
+        if "loss" in record.values:
+            names = [n for n in ("loss", "learning_rate", "grad_norm") if n in record.values]
+            self._emit("training.metrics", {n: record.values[n] for n in names}, about)
+        if "eval/loss" in record.values:
+            loss = record.values["eval/loss"]
+            perplexity = math.inf if loss > 700 else math.exp(loss)  # of NaN: NaN
+            self._emit("eval.complete", {"loss": loss, "perplexity": perplexity}, about)
+
+    def flush(self) -> None:
+        """Nothing is held back."""
+
+    def close(self) -> None:
+        """Nothing is open."""
+
+
+class Batches:
+    """A run's batches from a step on, read ahead, and its epochs told as events."""
+
+    def __init__(self, run_id: str, data: train.Data, first_step: int, total_steps: int):
+        self._batches, self._epoch_at = data.batches(first_step), data.epoch_at
+        total = data.epoch_at(max(total_steps - 1, 0)) + 1
+        self._about = {"run_id": run_id, "total_epochs": total}
+        self._epoch: tuple[int, float] | None = None
+
+    def next(self, step: int) -> Any:
+        """The batch of the next step, which is this one."""
+        epoch = self._epoch_at(step)
+        if self._epoch is None or self._epoch[0] != epoch:
+            self._end_epoch()
+            self._epoch = epoch, time.perf_counter()
+            system = {"system_time": time.time()}
+            telemetry.emit("training.epoch.start", system, {**self._about, "epoch": epoch})
+        with waiting():
+            return next(self._batches)
+
+    def _end_epoch(self) -> None:
+        if self._epoch is not None:
+            epoch, began = self._epoch
+            duration = {"duration": time.perf_counter() - began}
+            telemetry.emit("training.epoch.stop", duration, {**self._about, "epoch": epoch})
+            self._epoch = None
+
+    def close(self) -> None:
+        """End the reading ahead."""
+        self._end_epoch()
+        self._batches.close()
+
+
+@stage("batches", host=True)
+def read_ahead(config: Any, run: Run, data: Any, first_step: int):
+    """Start reading batches ahead."""
+    return Batches(run.run_id, data, first_step, config.num_steps)
+
+
+@stage(host=True)
+def close_run(stream: Any = None, batches: Any = None):
+    """Stop reading ahead, and let every metric reach the disk."""
+    try:
+        if batches is not None:
+            batches.close()
+    finally:
+        if stream is not None:
+            stream.close()
+
+
+def _shapes(data: Any):
+    """What `next_batch` gives, of the same shapes."""
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(np.shape(x), x.dtype), data.batch_at(0))
+
+
+@stage("batch", host=True, plan=_shapes)
+def next_batch(batches: Any, step: int):
+    """The step's batch."""
+    return batches.next(step)
 
 
 @stage("state", "metrics")
@@ -110,14 +217,29 @@ def train_step(steps: train.Steps, state: train.TrainState, batch: Any, frozen: 
     return steps.train_step(state, batch, frozen)
 
 
-@stage(host=True)
+def _push_all(stream: Any, step: range, metrics: Any):
+    before = stream.waited
+    stream.push_many(step, metrics)
+    waited(stream.waited - before)
+
+
+@stage(host=True, many=_push_all)
 def log_metrics(stream: Any, step: int, metrics: Any):
     """Hand the step's metrics to the stream, without waiting for them."""
+    before = stream.waited
     stream.push(step, metrics)
+    waited(stream.waited - before)
 
 
-@stage(host=True)
+def _evaluated(steps: train.Steps, state: train.TrainState, data: Any, frozen: Any = None):
+    """The shapes of an evaluation."""
+    if data.eval_batches:
+        jax.eval_shape(steps.eval_step, state.params, data.eval_batches[0], frozen)
+
+
+@stage(host=True, plan=_evaluated)
 def evaluate(
+    run: Run,
     steps: train.Steps,
     state: train.TrainState,
     data: Any,
@@ -126,26 +248,39 @@ def evaluate(
     frozen: Any = None,
 ):
     """Measure the held-out batches; they add up, so their sizes do not matter."""
-    seen = [
-        steps.eval_step(state.params, jax.device_put(batch), frozen) for batch in data.eval_batches
-    ]
-    if seen:
-        stream.push(step, {"eval": merge(*seen)})
+    with telemetry.span("training.eval", {"run_id": run.run_id, "step": step}):
+        seen = [
+            steps.eval_step(state.params, jax.device_put(batch), frozen)
+            for batch in data.eval_batches
+        ]
+        if seen:
+            stream.push(step, {"eval": merge(*seen)})
 
 
 @stage(host=True)
 def save_checkpoint(
-    run: Run, config: Any, state: train.TrainState, data: Any, stream: Any, step: int
+    run: Run,
+    config: Any,
+    state: train.TrainState,
+    data: Any,
+    stream: Any,
+    step: int,
+    chunk: int | None = None,
 ):
     """Save the state, unless this very step is saved already; metrics reach the disk first."""
     if any(checkpoint.step == step for checkpoint in train.list_checkpoints(run.workdir)):
         return
-    stream.flush()
-    metadata = {"config": to_json(config), "data_fingerprint": data.fingerprint}
-    train.save(run.workdir, step, state, metadata)
+    with telemetry.span("training.checkpoint", {"run_id": run.run_id, "step": step}) as about:
+        with waiting():
+            stream.flush()
+        metadata = {"config": to_json(config), "data_fingerprint": data.fingerprint}
+        if chunk is not None:
+            metadata["chunk"] = chunk
+        saved = train.save(run.workdir, step, state, metadata)
+        about |= {"checkpoint_name": saved.path.name, "path": str(saved.path)}
 
 
-@stage("step", host=True)
+@stage("step", host=True, plan=lambda: 0)
 def steps_taken(state: train.TrainState):
     """The step that the state is at, when the loop is over."""
     return int(state.step)

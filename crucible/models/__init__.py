@@ -1,7 +1,7 @@
 """What a model is: a decoder as pure functions, LoRA, tokenizers, loading, sampling."""
 
 from crucible.models.decoder import TINY, Decoder, DecoderConfig, RopeScaling, decoder
-from crucible.models.load import Loaded, load, load_config
+from crucible.models.load import Loaded, load, load_config, load_params, load_tokenizer
 from crucible.models.lora import Lora, LoraConfig, attach, init_lora, merge_lora
 from crucible.models.sample import generate
 from crucible.models.tokenizers import (
@@ -28,6 +28,8 @@ __all__ = [
     "init_lora",
     "load",
     "load_config",
+    "load_params",
+    "load_tokenizer",
     "merge_lora",
     "tokenizer_from_file",
 ]

@@ -19,7 +19,7 @@ import numpy as np
 from crucible.models.decoder import DecoderConfig, RopeScaling, decoder
 from crucible.models.tokenizers import Tokenizer, tokenizer_from_file, tokenizer_from_gguf
 
-__all__ = ["Loaded", "load", "load_config"]
+__all__ = ["Loaded", "load", "load_config", "load_params", "load_tokenizer"]
 
 SHOWN = 10  # names listed in an error
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
@@ -56,24 +56,23 @@ def load(path: str | Path, *, dtype: str = "float32") -> Loaded:
             config, params, tokenizer = load("SmolLM2-135M-Instruct.Q4_1.gguf")
             logits = decoder(config).apply(params, jnp.array([tokenizer.encode("Hello")]))
     """
+    config, tokenizer = load_config(path), load_tokenizer(path)
+    return Loaded(config, load_params(path, dtype=dtype), tokenizer)
+
+
+def load_params(path: str | Path, *, dtype: str = "float32") -> dict[str, Any]:
+    """Read a model's weights only; arguments and errors as for `load`."""
     if dtype not in ("float32", "bfloat16", "float16"):
         raise ValueError(f"dtype={dtype!r} must be 'float32', 'bfloat16' or 'float16'.")
     path = _checked(path)
     with ExitStack() as open_files:
         if path.is_dir():
-            config, tokenizer = load_config(path), tokenizer_from_file(path)
-            weights = _open_safetensors(path, open_files)
+            config, weights = load_config(path), _open_safetensors(path, open_files)
         else:
             reader = _open_gguf(path)
             config = _gguf_config(path, reader)
-            tokenizer = tokenizer_from_gguf(_gguf_values(reader, "tokenizer."))
             weights = _gguf_weights(path, reader, config)
-        if tokenizer.vocab_size > config.vocab_size:
-            raise ValueError(
-                f"{path}: the tokenizer's ids go up to {tokenizer.vocab_size - 1}, past the "
-                f"embedding's {config.vocab_size} rows (vocab_size). Resize the model to fit."
-            )
-        return Loaded(config, _read_params(weights, config, jnp.dtype(dtype)), tokenizer)
+        return _read_params(weights, config, jnp.dtype(dtype))
 
 
 def load_config(path: str | Path) -> DecoderConfig:
@@ -87,6 +86,27 @@ def load_config(path: str | Path) -> DecoderConfig:
     if path.is_dir():
         return _hf_config(path / "config.json", _read_json(path / "config.json"))
     return _gguf_config(path, _open_gguf(path))
+
+
+def load_tokenizer(path: str | Path) -> Tokenizer:
+    """Read a model's tokenizer only.
+
+    Raises:
+        FileNotFoundError: the file, or the directory's `tokenizer.json`, is missing.
+        ImportError: an optional library is missing; says how to install it.
+        ValueError: it is of a kind that is not known here, or has ids that the model has not.
+    """
+    path, config = _checked(path), load_config(path)
+    if path.is_dir():
+        tokenizer = tokenizer_from_file(path)
+    else:
+        tokenizer = tokenizer_from_gguf(_gguf_values(_open_gguf(path), "tokenizer."))
+    if tokenizer.vocab_size > config.vocab_size:
+        raise ValueError(
+            f"{path}: the tokenizer's ids go up to {tokenizer.vocab_size - 1}, past the "
+            f"embedding's {config.vocab_size} rows (vocab_size). Resize the model to fit."
+        )
+    return tokenizer
 
 
 def _checked(path: str | Path) -> Path:

@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, TextIO
 
-from crucible.telemetry.stream import Record
+from crucible.telemetry.reader import Record
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -122,6 +122,8 @@ class ConsoleSink:
     def _measure(self, record: Record) -> None:
         tokens = record.values.get("tokens", 0.0) + (self._window[-1][2] if self._window else 0.0)
         now = record.timestamp - self._evaluating
+        if self._window and self._window[-1][0] == now:  # one dispatch computed both
+            self._window.pop()
         self._window.append((now, record.step, tokens))
         while len(self._window) > 2 and now - self._window[1][0] >= _WINDOW:
             self._window.popleft()

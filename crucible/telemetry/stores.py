@@ -1,25 +1,30 @@
-"""The record of a run: a file of JSON lines, one number a line, and how to read it back.
+"""The record of a run: files of JSON lines, for its numbers and for its events.
 
-A line is `{"run_id", "metric", "value", "step", "timestamp", "metadata"}`. NaN and the infinities
-are not JSON: their value is null and their metadata says which one, in `"special"`.
+A metrics file has one number a line; `read_metrics` and `history` read it back. A line is
+`{"run_id", "metric", "value", "step", "timestamp", "metadata"}`. NaN and the infinities are not
+JSON: their value is null and their metadata says which one, in `"special"`.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
-import math
 import os
+import threading
 import warnings
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Mapping
 from datetime import UTC, datetime
+from functools import lru_cache
+from math import floor, isfinite, isnan
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from crucible.telemetry.stream import Record
+from crucible.telemetry.events import Event
+from crucible.telemetry.reader import Record
 
-__all__ = ["Entry", "History", "JsonlStore", "history", "read_metrics"]
+__all__ = ["Entry", "History", "JsonlEvents", "JsonlStore", "history", "read_metrics"]
 
 
 class Entry(NamedTuple):
@@ -30,7 +35,7 @@ class Entry(NamedTuple):
         metric: its name, such as "eval/loss".
         value: the number; NaN and the infinities are restored.
         step: optimizer steps taken, or None where it belongs to no step.
-        timestamp: when it was pushed, in seconds since 1970 (UTC).
+        timestamp: when the device had computed it, in seconds since 1970 (UTC).
         metadata: `{"attempt": n}`, and whatever else the writer noted.
     """
 
@@ -80,23 +85,29 @@ class JsonlStore:
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self._path = Path(path)
         self._path.parent.mkdir(parents=True, exist_ok=True)
-        _set_torn_line_aside(self._path)
+        _set_torn_line_aside(self._path, _parse)
         self._fd: int | None = os.open(self._path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
-        self._heads: dict[tuple[str, str], str] = {}
+        self._heads: dict[str, dict[str, str]] = {}  # how a line begins, by run and metric
 
     def __call__(self, record: Record) -> None:
         """Append one line for each number of the record."""
-        when = datetime.fromtimestamp(record.timestamp, UTC).isoformat(timespec="microseconds")
-        tail = f', "step": {record.step}, "timestamp": "{when}", "metadata": {{"attempt": '
-        tail += f"{record.attempt}"
-        lines = []
+        tail = (
+            f', "step": {record.step}, "timestamp": "{_iso_utc(record.timestamp)}", '
+            f'"metadata": {{"attempt": {record.attempt}'
+        )
+        heads = self._heads.get(record.run_id)
+        if heads is None:
+            heads = self._heads[record.run_id] = {}
+        lines = ""
         for name, value in record.values.items():
-            head = self._heads.get((record.run_id, name)) or self._head(record.run_id, name)
-            if math.isfinite(value):
-                lines.append(f"{head}{float(value)!r}{tail}}}}}\n")
+            head = heads.get(name)
+            if head is None:
+                head = heads[name] = _head(record.run_id, name)
+            if isfinite(value):
+                lines += f"{head}{float(value)!r}{tail}}}}}\n"
             else:
-                lines.append(f'{head}null{tail}, "special": "{float(value)}"}}}}\n')
-        self._append("".join(lines).encode())
+                lines += f'{head}null{tail}, "special": "{float(value)}"}}}}\n'
+        self._append(lines.encode())
 
     def flush(self) -> None:
         """Make everything taken so far survive a loss of power."""
@@ -112,23 +123,71 @@ class JsonlStore:
             finally:
                 os.close(fd)
 
-    def _head(self, run_id: str, name: str) -> str:
-        head = f'{{"run_id": {json.dumps(run_id)}, "metric": {json.dumps(name)}, "value": '
-        self._heads[run_id, name] = head
-        return head
-
     def _append(self, data: bytes) -> None:
-        """Write all of it or none: half a line would spoil the next one."""
         if self._fd is None:
             raise ValueError(f"{self._path} is closed: it takes no more records.")
-        written = 0
-        try:
-            while written < len(data):
-                written += os.write(self._fd, data[written:])
-        except OSError:
-            if written:
-                os.ftruncate(self._fd, os.fstat(self._fd).st_size - written)
-            raise
+        _append_whole(self._fd, data)
+
+
+class JsonlEvents:
+    """A handler that appends every event to a file, one JSON object a line.
+
+    A line is `{"timestamp", "event", "measurements", "metadata"}`. NaN and the infinities, which
+    are not JSON, become "NaN", "Infinity" and "-Infinity", a path its text, a scalar array its
+    number, and whatever else JSON cannot hold its `repr`.
+
+    A line is one `write` to the operating system, so a killed program loses none; `close` makes
+    them survive a loss of power too. It may be called from several threads. Opening a file whose
+    last line was torn moves that piece to `<name>.torn` and warns.
+
+    Args:
+        path: the file, made with its folder where missing, appended to where present.
+
+    Raises:
+        OSError: the file cannot be opened, repaired or written.
+        ValueError: an event came after `close`.
+
+    Example:
+        >>> import tempfile
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     log = JsonlEvents(f"{folder}/events.jsonl")
+        ...     log(Event("stage.retry", {"attempt": 1}, {"stage": "load", "error": OSError(5)}, 0))
+        ...     log.close()
+        ...     print(Path(folder, "events.jsonl").read_text())
+        {"timestamp": "1970-01-01T00:00:00.000000+00:00", "event": "stage.retry",
+         "measurements": {"attempt": 1}, "metadata": {"stage": "load", "error": "OSError(5)"}}
+    """
+
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        self._path = Path(path)
+        self._path.parent.mkdir(parents=True, exist_ok=True)
+        _set_torn_line_aside(self._path, json.loads)
+        self._fd: int | None = os.open(self._path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
+        self._lock = threading.RLock()  # a write must not meet another file at a closed descriptor
+
+    def __call__(self, event: Event) -> None:
+        """Append one line."""
+        fields = {
+            "timestamp": _iso_utc(event.timestamp),
+            "event": event.name,
+            "measurements": _plain(event.measurements),
+            "metadata": _plain(event.metadata),
+        }
+        line = f"{json.dumps(fields, allow_nan=False)}\n".encode()
+        with self._lock:
+            if self._fd is None:
+                raise ValueError(f"{self._path} is closed: it takes no more events.")
+            _append_whole(self._fd, line)
+
+    def close(self) -> None:
+        """Make everything survive a loss of power, and close the file. Harmless when repeated."""
+        with self._lock:
+            if self._fd is not None:
+                fd, self._fd = self._fd, None
+                try:
+                    os.fsync(fd)
+                finally:
+                    os.close(fd)
 
 
 def read_metrics(path: str | os.PathLike[str], run_id: str | None = None) -> list[Entry]:
@@ -209,6 +268,41 @@ def history(
     }
 
 
+def _append_whole(fd: int, data: bytes) -> None:
+    """Write all of it or none, in one go: half a line would spoil the next one."""
+    written = 0
+    try:
+        while written < len(data):
+            written += os.write(fd, data[written:])
+    except OSError:
+        if written:
+            os.ftruncate(fd, os.fstat(fd).st_size - written)
+        raise
+
+
+def _iso_utc(timestamp: float) -> str:
+    """A time as `datetime.isoformat(timespec="microseconds")` has it, at a third of the cost.
+
+    Example:
+        >>> _iso_utc(0.25)
+        '1970-01-01T00:00:00.250000+00:00'
+    """
+    second = floor(timestamp)
+    microseconds = round((timestamp - second) * 1e6)
+    if microseconds == 1_000_000:
+        second, microseconds = second + 1, 0
+    return f"{_second(second)}.{microseconds:06d}+00:00"
+
+
+@lru_cache(maxsize=16)
+def _second(second: int) -> str:
+    return datetime.fromtimestamp(second, UTC).isoformat()[:19]
+
+
+def _head(run_id: str, name: str) -> str:
+    return f'{{"run_id": {json.dumps(run_id)}, "metric": {json.dumps(name)}, "value": '
+
+
 def _parse(line: bytes) -> Entry:
     fields = json.loads(line, parse_constant=_no_constant)
     try:
@@ -234,7 +328,7 @@ def _shown(line: bytes) -> str:
     return repr(line[:80].decode(errors="replace")) + ("..." if len(line) > 80 else "")
 
 
-def _set_torn_line_aside(path: Path) -> None:
+def _set_torn_line_aside(path: Path, parse: Callable[[bytes], Any]) -> None:
     """Move a last line that a kill cut short to `<name>.torn`: the next would be joined to it."""
     if not path.exists() or not (size := path.stat().st_size):
         return
@@ -244,7 +338,7 @@ def _set_torn_line_aside(path: Path) -> None:
         line = file.read()
         if line.endswith(b"\n"):
             try:
-                _parse(line)
+                parse(line)
                 return
             except ValueError:
                 pass
@@ -268,3 +362,35 @@ def _last_line_start(file: Any, size: int, block: int = 1 << 16) -> int:
             return start + found + 1
         end = start
     return 0
+
+
+def _plain(value: Any, above: tuple[Any, ...] = ()) -> Any:
+    """What JSON can hold of a value; `above` are the containers it lies in."""
+    with contextlib.suppress(Exception):  # an object may raise at whatever it is asked
+        if value is None or isinstance(value, bool | str):
+            return value
+        if isinstance(value, int):  # Python refuses to print one of more than 4300 digits
+            return value if value.bit_length() < 14_000 else hex(value)
+        if isinstance(value, float):
+            if isfinite(value):
+                return float(value)
+            return "NaN" if isnan(value) else "Infinity" if value > 0 else "-Infinity"
+        if isinstance(value, os.PathLike):
+            return os.fsdecode(value)
+        if getattr(value, "shape", None) == ():  # a scalar of NumPy or JAX
+            item = value.item()
+            return _repr(value) if type(item) is type(value) else _plain(item, above)
+        if not any(value is container for container in above):
+            above = (*above, value)
+            if isinstance(value, Mapping):
+                return {str(key): _plain(each, above) for key, each in value.items()}
+            if isinstance(value, list | tuple):
+                return [_plain(each, above) for each in value]
+    return _repr(value)
+
+
+def _repr(value: Any) -> str:
+    try:
+        return repr(value)
+    except Exception as error:
+        return f"<{type(value).__name__}: its repr raised {type(error).__name__}>"

@@ -6,6 +6,7 @@ Orbax; it knows nothing of models, telemetry or workflows.
 
 from crucible.train.checkpoints import (
     Checkpoint,
+    hold_interrupts,
     latest,
     list_checkpoints,
     remove_leftovers,
@@ -16,6 +17,7 @@ from crucible.train.data import Data, Stats, bundled_conversations, from_example
 from crucible.train.losses import cross_entropy, linear_cross_entropy, next_token_loss
 from crucible.train.messages import Message, read_conversations
 from crucible.train.packing import pack
+from crucible.train.ports import DatasetStore
 from crucible.train.renderers import Rendered, Renderer, Tokenizer, chatml
 from crucible.train.schedules import adamw, warmup_decay
 from crucible.train.steps import LossFn, Steps, TrainState, make_steps
@@ -23,6 +25,7 @@ from crucible.train.steps import LossFn, Steps, TrainState, make_steps
 __all__ = [
     "Checkpoint",
     "Data",
+    "DatasetStore",
     "LossFn",
     "Message",
     "Rendered",
@@ -36,6 +39,7 @@ __all__ = [
     "chatml",
     "cross_entropy",
     "from_examples",
+    "hold_interrupts",
     "latest",
     "linear_cross_entropy",
     "list_checkpoints",

@@ -25,7 +25,15 @@ from typing import Any
 import jax
 import numpy as np
 
-__all__ = ["Checkpoint", "latest", "list_checkpoints", "remove_leftovers", "restore", "save"]
+__all__ = [
+    "Checkpoint",
+    "hold_interrupts",
+    "latest",
+    "list_checkpoints",
+    "remove_leftovers",
+    "restore",
+    "save",
+]
 
 FORMAT = 1
 INDEX = "checkpoints.jsonl"
@@ -88,7 +96,7 @@ def save(
     temporary = final.with_name(f".tmp-{step}-{uuid.uuid4().hex[:8]}")
     entry = {"name": final.name, "path": f"checkpoints/{final.name}"}
     entry |= {k: manifest[k] for k in ("step", "saved_at", "metadata")}
-    with _interrupts_afterwards():
+    with hold_interrupts():
         try:
             ocp.save(str(temporary.absolute()), state)
             (temporary / "checkpoint.json").write_text(text)
@@ -219,7 +227,7 @@ def _differences(saved: Mapping[str, list], wanted: Mapping[str, list]) -> list[
 
 
 @contextlib.contextmanager
-def _interrupts_afterwards() -> Iterator[None]:
+def hold_interrupts() -> Iterator[None]:
     """Hold the first Ctrl-C back until the block is done (in the main thread, which gets them)."""
     if threading.current_thread() is not threading.main_thread():
         yield

@@ -28,6 +28,7 @@ from numpy.typing import ArrayLike
 
 from crucible.train import packing
 from crucible.train.messages import ROLES, read_conversations
+from crucible.train.ports import DatasetStore
 from crucible.train.renderers import Rendered, Renderer
 
 __all__ = ["Batch", "Data", "Stats", "bundled_conversations", "from_examples", "load", "prefetch"]
@@ -48,6 +49,8 @@ class Stats:
         num_tokens: tokens in the rows, padding not counted.
         num_supervised_tokens: targets of a weight other than 0.
         num_rows, row_length: rows, and the tokens in each, padding counted.
+        num_supervised_stops: of the supervised targets, those that end an answer; None where it is
+            not known which tokens do.
     """
 
     num_examples: int
@@ -58,6 +61,7 @@ class Stats:
     num_supervised_tokens: int
     num_rows: int
     row_length: int
+    num_supervised_stops: int | None = None
 
     @property
     def efficiency(self) -> float:
@@ -87,6 +91,7 @@ class Data:
         eval_stats: the same for the held-out ones, None where nothing is held out.
         fingerprint: SHA-256, in hexadecimal, of all examples, of which are held out and of how they
             are laid in rows. With the seed and the batch size it decides every batch.
+        batch_size: rows in a batch.
     """
 
     batch_at: Callable[[int], Batch]
@@ -94,6 +99,11 @@ class Data:
     stats: Stats
     eval_stats: Stats | None
     fingerprint: str
+    batch_size: int
+
+    def epoch_at(self, step: int) -> int:
+        """How many times the data has been gone through when the batch of a step begins."""
+        return step * self.batch_size // self.stats.num_rows
 
     def batches(self, start: int = 0) -> Generator[Batch, None, None]:
         """`batch_at(start)`, `batch_at(start + 1)`, ..., without end, read ahead in a thread."""
@@ -106,7 +116,7 @@ def bundled_conversations() -> Path:
 
 
 def load(
-    path: str | os.PathLike[str],
+    source: str | os.PathLike[str] | DatasetStore,
     renderer: Renderer,
     *,
     row_length: int,
@@ -116,10 +126,11 @@ def load(
     pack: bool = True,
     eval_fraction: float = 0.0,
 ) -> Data:
-    """Batches of a file of conversations.
+    """Batches of a file or a store of conversations.
 
     Args:
-        path: JSON Lines, see `messages.read_conversations`.
+        source: the path of a JSON Lines file, see `messages.read_conversations`, or a
+            `DatasetStore`. The same rows make the same batches, wherever they come from.
         renderer: makes tokens of a conversation.
         row_length: tokens in a row, `T`; what is longer is cut at its end, and counted.
         batch_size: rows in a batch, `B`.
@@ -130,15 +141,17 @@ def load(
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: a line that is not a conversation; no supervised token; a token outside the
-            vocabulary; fewer rows than a batch needs; an argument out of range.
+        TypeError: the source is neither.
+        ValueError: a line or row that is not a conversation; no supervised token; a token outside
+            the vocabulary; fewer rows than a batch needs; an argument out of range.
     """
-    conversations = read_conversations(path)
+    conversations = read_conversations(source)
     examples = [renderer.supervised(messages) for messages in conversations]
     if not any(example.weights.any() for example in examples):
         roles = Counter(message.role for messages in conversations for message in messages)
+        name = source if isinstance(source, str | os.PathLike) else source.name
         raise ValueError(
-            f"No supervised tokens in {path}: its {len(conversations)} conversations have "
+            f"No supervised tokens in {name}: its {len(conversations)} conversations have "
             f"{', '.join(f'{roles[role]} {role}' for role in ROLES)} messages, and the renderer "
             f"{renderer.name!r} trains on none of them. Give the answers to learn the role "
             "'assistant'."
@@ -151,6 +164,7 @@ def load(
         vocab_size=vocab_size,
         pack=pack,
         eval_fraction=eval_fraction,
+        stop_tokens=renderer.stop_tokens,
     )
 
 
@@ -163,6 +177,7 @@ def from_examples(
     vocab_size: int,
     pack: bool = True,
     eval_fraction: float = 0.0,
+    stop_tokens: Sequence[int] = (),
 ) -> Data:
     """Batches of examples that are tokens already: `load` without the file and the renderer.
 
@@ -175,6 +190,7 @@ def from_examples(
         vocab_size: every token must lie below it.
         pack: several examples a row, or one.
         eval_fraction: the part to hold out.
+        stop_tokens: those that end an answer, to be counted.
 
     Raises:
         ValueError: as for `load`; or an example that is not such a pair.
@@ -199,7 +215,7 @@ def from_examples(
     held_out = _held_out(len(checked), eval_fraction, seed)
     fingerprint = _fingerprint(checked, held_out, row_length, pack)
     training = [example for i, example in enumerate(checked) if i not in held_out]
-    rows, stats = _rows(training, row_length, pack, "to train on")
+    rows, stats = _rows(training, row_length, pack, "to train on", stop_tokens)
     if stats.num_rows < batch_size:
         raise ValueError(
             f"batch_size={batch_size} is more than there are rows: {stats.num_examples} examples "
@@ -209,9 +225,12 @@ def from_examples(
     eval_batches, eval_stats = (), None
     if held_out:
         kept = [checked[i] for i in sorted(held_out)]
-        eval_rows, eval_stats = _rows(kept, row_length, pack, "held out for evaluation")
+        eval_rows, eval_stats = _rows(
+            kept, row_length, pack, "held out for evaluation", stop_tokens
+        )
         eval_batches = _cover(eval_rows, batch_size)
-    return Data(_batch_at(rows, batch_size, seed), eval_batches, stats, eval_stats, fingerprint)
+    batch_at = _batch_at(rows, batch_size, seed)
+    return Data(batch_at, eval_batches, stats, eval_stats, fingerprint, batch_size)
 
 
 def prefetch(batch_at: Callable[[int], T], start: int = 0) -> Generator[T, None, None]:
@@ -285,7 +304,11 @@ def _batch_at(rows: Batch, batch_size: int, seed: int) -> Callable[[int], Batch]
 
 
 def _rows(
-    examples: Sequence[Rendered], row_length: int, pack: bool, purpose: str
+    examples: Sequence[Rendered],
+    row_length: int,
+    pack: bool,
+    purpose: str,
+    stop_tokens: Sequence[int],
 ) -> tuple[Batch, Stats]:
     """Shift, cut and lay out: all rows `[num_rows, row_length]`."""
     shifted = [(t[:-1][:row_length], t[1:][:row_length], w[1:][:row_length]) for t, w in examples]
@@ -316,6 +339,11 @@ def _rows(
         num_supervised_tokens=int(supervised.sum()),
         num_rows=plan.num_rows,
         row_length=row_length,
+        num_supervised_stops=(
+            int(np.count_nonzero(np.isin(rows["targets"], stop_tokens) & (rows["weights"] != 0)))
+            if stop_tokens
+            else None
+        ),
     )
     return rows, stats
 

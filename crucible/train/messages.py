@@ -1,7 +1,7 @@
 """Conversations: who said what, read from JSON Lines with every mistake found at once.
 
 A row that would train on something else than it says (a misspelt role, a `weight` that nobody
-reads) is an error with its file and line, before anything is tokenised.
+reads) is an error with its file and line, or its store and row, before anything is tokenised.
 """
 
 from __future__ import annotations
@@ -9,11 +9,13 @@ from __future__ import annotations
 import difflib
 import json
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-__all__ = ["ROLES", "Conversation", "Message", "conversation", "read_conversations"]
+from crucible.train.ports import DatasetStore
+
+__all__ = ["ROLES", "Conversation", "Message", "conversation", "read_conversations", "read_rows"]
 
 ROLES = ("system", "user", "assistant")
 
@@ -33,15 +35,19 @@ class Message(NamedTuple):
 Conversation = tuple[Message, ...]
 
 
-def read_conversations(path: str | os.PathLike[str]) -> list[Conversation]:
-    """Read a JSON Lines file of `{"messages": [{"role": ..., "content": ...}, ...]}`.
+def read_conversations(source: str | os.PathLike[str] | DatasetStore) -> list[Conversation]:
+    """Read a JSON Lines file of `{"messages": [{"role": ..., "content": ...}, ...]}`, or a store.
 
     UTF-8, one conversation a line. Blank lines are skipped, and so are a row's other keys.
 
+    Args:
+        source: the file's path, or a store with such rows.
+
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: the file holds no conversation, or a line is not valid; the message names the
-            file, the line, what is wrong and what to write instead.
+        TypeError: the source is neither.
+        ValueError: the source holds no conversation, or a line is not valid; the message names the
+            file and the line (or the store and the row), what is wrong and what to write instead.
 
     Example:
         >>> from crucible.train import data
@@ -49,24 +55,30 @@ def read_conversations(path: str | os.PathLike[str]) -> list[Conversation]:
         >>> first[0].role, first[-1].role
         ('user', 'assistant')
     """
-    path = Path(path)
-    if not path.exists():
-        raise FileNotFoundError(f"No conversations at {path}: there is no such file.{_near(path)}")
-    if path.is_dir():
-        raise ValueError(f"{path} is a folder; give one JSON Lines file inside it.")
-    conversations = []
-    for number, line in enumerate(path.read_bytes().split(b"\n"), start=1):
-        if number == 1:
-            line = line.removeprefix(b"\xef\xbb\xbf")  # the mark some editors write first
-        if line.strip():
-            conversations.append(_row(line, f"{path}:{number}"))
-    if not conversations:
-        raise ValueError(
-            f"{path} holds no conversation ({path.stat().st_size} bytes). Write one a line: "
-            '{"messages": [{"role": "user", "content": "Hi"}, '
-            '{"role": "assistant", "content": "Hello."}]}'
+    if isinstance(source, str | os.PathLike):
+        return [checked for _, checked in _file(Path(source))]
+    if not (callable(getattr(source, "rows", None)) and hasattr(source, "name")):
+        raise TypeError(
+            f"Conversations cannot be read from {_kind(source)}: give the path of a JSON Lines "
+            "file, or a DatasetStore (an attribute 'name' and a method 'rows')."
         )
+    conversations = [
+        _checked(row, f"{source.name}, row {number} (from 0)", "the row")
+        for number, row in enumerate(source.rows())
+    ]
+    if not conversations:
+        raise ValueError(f"{source.name} holds no conversation: it gave no rows.")
     return conversations
+
+
+def read_rows(path: str | os.PathLike[str]) -> Iterator[Mapping[str, Any]]:
+    """The rows of such a file as they are, with all their keys.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: a row that `read_conversations` would refuse, in the same words.
+    """
+    return (row for row, _ in _file(Path(path)))
 
 
 def conversation(
@@ -97,9 +109,31 @@ def conversation(
     return checked
 
 
-def _row(line: bytes, where: str) -> Conversation:
+def _file(path: Path) -> Iterator[tuple[Mapping[str, Any], Conversation]]:
+    """Each row of a file, and the conversation in it."""
+    if not path.exists():
+        raise FileNotFoundError(f"No conversations at {path}: there is no such file.{_near(path)}")
+    if path.is_dir():
+        raise ValueError(f"{path} is a folder; give one JSON Lines file inside it.")
+    is_empty = True
+    for number, line in enumerate(path.read_bytes().split(b"\n"), start=1):
+        if number == 1:
+            line = line.removeprefix(b"\xef\xbb\xbf")  # the mark some editors write first
+        if line.strip():
+            is_empty = False
+            row = _parsed(line, f"{path}:{number}")
+            yield row, _checked(row, f"{path}:{number}", "the line")
+    if is_empty:
+        raise ValueError(
+            f"{path} holds no conversation ({path.stat().st_size} bytes). Write one a line: "
+            '{"messages": [{"role": "user", "content": "Hi"}, '
+            '{"role": "assistant", "content": "Hello."}]}'
+        )
+
+
+def _parsed(line: bytes, where: str) -> Any:
     try:
-        row = json.loads(line.decode("utf-8"))
+        return json.loads(line.decode("utf-8"))
     except UnicodeDecodeError as error:
         raise ValueError(
             f"{where}: byte {error.start + 1} (0x{line[error.start]:02x}) is not UTF-8. Save the "
@@ -110,9 +144,14 @@ def _row(line: bytes, where: str) -> Conversation:
             f"{where}, column {error.colno}: not JSON: {error.msg}. Every line must be one whole "
             'object, {"messages": [...]}.'
         ) from None
-    if not isinstance(row, dict) or "messages" not in row:
-        found = f"an object with the keys {sorted(row)}" if isinstance(row, dict) else _kind(row)
-        raise ValueError(f'{where}: the line is {found}, but must be {{"messages": [...]}}.')
+
+
+def _checked(row: Any, where: str, noun: str) -> Conversation:
+    """The conversation in a row; `noun` is what an error calls the row."""
+    if not isinstance(row, Mapping) or "messages" not in row:
+        is_object = isinstance(row, Mapping)
+        found = f"an object with the keys {sorted(map(str, row))}" if is_object else _kind(row)
+        raise ValueError(f'{where}: {noun} is {found}, but must be {{"messages": [...]}}.')
     return conversation(row["messages"], where=f"{where}: messages")
 
 

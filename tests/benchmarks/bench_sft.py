@@ -64,15 +64,21 @@ def hand_written(kit, config):
 
 
 def recipe_loop(recipe, config, closing):
-    """The workflow's own loop, a few steps at a time."""
+    """The workflow's own loop, compiled, a few steps at a time."""
     whole = kitchen.supervised(config)
-    at = next(i for i, part in enumerate(whole.parts) if part.name == "repeat")
-    run = kitchen.Run(recipe="bench", workdir=Path(config.workdir), resumed=False, closing=closing)
-    context = kitchen.Context(config=config, run=run)
-    for part in whole.parts[:at]:
+    *setup, guarded = whole.parts
+    inside = guarded.parts[0].parts
+    at = next(i for i, part in enumerate(inside) if part.kind == "repeat")
+    Path(config.workdir).mkdir()
+    run = kitchen.Run(recipe="bench", workdir=Path(config.workdir), resumed=False)
+    context = kitchen.compile(kitchen.sequence(*setup))(kitchen.Context(config=config, run=run))
+    for part in inside[:at]:
         context = part(context)
-    loop = kitchen.repeat(lambda last: last, *whole.parts[at].parts, start=lambda first: first)
-    held = [context]
+    closing.callback(context["stream"].close)
+    closing.callback(context["batches"].close)
+    body = kitchen.repeat(lambda last: last, *inside[at].parts, start=lambda first: first)
+    loop, held = kitchen.compile(body), [context]
+    closing.enter_context(kitchen.Ledger("bench").recording())
 
     def turn(first, last):
         held[0] = loop(held[0].replace(first=first, last=last))

@@ -91,3 +91,71 @@ def test_contexts_of_other_resources_are_traced_anew_and_of_another_order_are_no
 def test_a_leaf_is_found_under_its_name():
     paths = jax.tree_util.tree_leaves_with_path(Context(state={"w": 1.0}, name="run"))
     assert [jax.tree_util.keystr(path) for path, _ in paths] == ["['state']['w']"]
+
+
+def test_text_dates_and_objects_in_numpy_arrays_are_not_traced():
+    """JAX cannot hold them."""
+    text = np.array(["a", "b"])
+    context = Context(text=text, one=np.str_("a"), rows=np.array([None, object()]), nested=[text])
+    assert not context.slots
+    assert Context(day=np.datetime64("2020-01-01")).resources
+    assert Context(half=np.zeros(2, jnp.bfloat16), mask=np.zeros(2, bool)).slots.keys() == {
+        "half",
+        "mask",
+    }
+    assert jax.jit(lambda context: context.replace(y=1))(context)["text"] is text
+
+
+def test_a_name_that_changes_its_kind_is_in_it_once():
+    context = Context(x="text", y=1).replace(x=2, y="text")
+    assert (dict(context), len(context)) == ({"x": 2, "y": "text"}, 2)
+    assert (set(context.slots), set(context.resources)) == ({"x"}, {"y"})
+    assert (set(context.replace(x=3).resources), context["x"]) == ({"y"}, 2)
+    assert not context.replace(y=np.zeros(2)).resources
+
+
+def test_names_can_be_left_out():
+    context = Context(x=1, name="run", y=2)
+    assert dict(context.without("x", "name", "nobody")) == {"y": 2}
+    assert dict(context) == {"x": 1, "name": "run", "y": 2}
+
+
+def test_two_contexts_have_the_same_value_if_it_is_the_very_same():
+    context = Context(x=np.zeros(2), name=object())
+    other = context.replace(y=1)
+    assert context.same("x", other)
+    assert context.same("name", other)
+    assert context.same("nobody", other)
+    assert not context.same("y", other)
+    assert not context.same("x", other.replace(x=np.zeros(2)))
+    assert not context.same("name", other.replace(name=object()))
+    assert not context.same("x", other.replace(x="text"))
+
+
+def test_what_a_program_gave_replaces_both_kinds_and_drops_names():
+    before = Context(x=1, kept=2, name="run", gone="text", gone_too=3)
+    after = before.became({"x": 10, "name": 20, "new": 30}, ("gone", "gone_too"), {"new"})
+    assert dict(after) == {"x": 10, "kept": 2, "name": 20, "new": 30}
+    assert not after.resources
+    assert [after.cells[name].fresh for name in ("x", "name", "new", "kept")] == [
+        *(True, True, False, False)
+    ]
+    assert dict(before)["gone_too"] == 3
+    assert before.became({"x": 0}, (), ()).resources is before.resources
+
+
+def test_a_consumed_slot_says_who_took_it_wherever_it_is_read():
+    older = Context(state=jnp.zeros(2), x=1)
+    newer = older.replace(y=2)
+    newer.cells["state"].consume("train_step", 7)
+    for context in (older, newer):
+        with pytest.raises(RuntimeError, match=r"stage 'train_step' reused its memory at step 7"):
+            context["state"]
+        assert "state" in context
+        assert "state: consumed" in repr(context)
+        assert context["x"] == 1
+    assert older.replace(state=5)["state"] == 5
+    unnumbered = Context(a=1)
+    unnumbered.cells["a"].consume("f", None)
+    with pytest.raises(RuntimeError, match=r"reused its memory\. Read it from"):
+        unnumbered["a"]

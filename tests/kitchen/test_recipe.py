@@ -28,7 +28,7 @@ def command_line(monkeypatch, workflow, *arguments):
 
 
 def fails_with(error):
-    @kitchen.stage()
+    @kitchen.stage(host=True)
     def fails():
         raise error
 
@@ -88,8 +88,8 @@ def test_a_config_is_said_in_json_and_stays_the_same_when_read_back():
 
 def test_a_workflow_that_lacks_something_is_refused_before_anything_runs(tmp_path):
     ran = []
-    first = kitchen.stage()(lambda: ran.append(1))
-    lacking = kitchen.stage()(lambda stat: None)
+    first = kitchen.stage(host=True)(lambda: ran.append(1))
+    lacking = kitchen.stage(host=True)(lambda stat: None)
     recipe = kitchen.Recipe(
         name="nothing",
         workflow=lambda config: kitchen.sequence(first, lacking),

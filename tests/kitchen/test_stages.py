@@ -10,7 +10,6 @@ import pytest
 
 from crucible import kitchen, models, train
 from crucible.kitchen import stages
-from crucible.kitchen.runner import Run
 from crucible.kitchen.workflows import supervised as workflow
 from crucible.metrics import Mean
 
@@ -27,7 +26,7 @@ BATCH = {"x": jax.random.normal(jax.random.key(0), (4, 3))}
 
 
 def after(config, steps_taken=4):
-    steps = stages.make_steps.fn(config, loss_fn, donate=False)
+    steps = stages.make_steps.fn(config, loss_fn)
     state = steps.init(PARAMS, 0)
     for _ in range(steps_taken):
         state, metrics = steps.train_step(state, BATCH)
@@ -71,7 +70,7 @@ def test_another_setting_of_the_optimizer_ends_elsewhere(change):
 
 def test_the_norm_of_gradients_is_limited_and_0_is_no_limit():
     def moments(max_grad_norm):
-        steps = stages.make_steps.fn(replace(CONFIG, max_grad_norm=max_grad_norm), loss_fn, False)
+        steps = stages.make_steps.fn(replace(CONFIG, max_grad_norm=max_grad_norm), loss_fn)
         state, _ = steps.train_step(steps.init(PARAMS, 0), BATCH)
         first = next(x for x in jax.tree.leaves(state.opt_state) if x.shape == (3, 2))
         return float(jnp.linalg.norm(first)) / 0.1  # Adam's first moment: a tenth of the gradient
@@ -103,7 +102,8 @@ def test_the_seed_decides_the_first_weights_the_adapter_and_the_key(conversation
 
 def test_the_keys_of_weights_adapter_and_training_are_three(conversations):
     """The weights' key is not the run's, so that no draw of the training repeats a weight's."""
-    model, _, _, params, _ = workflow.load_model.fn(CONFIG)
+    model, *_ = workflow.make_model.fn(CONFIG)
+    params = workflow.init_params.fn(CONFIG, model)
     assert not jnp.array_equal(model.init(jax.random.key(CONFIG.seed))["embed"], params["embed"])
 
 
@@ -114,15 +114,16 @@ def test_pretrained_options_and_the_system_message_are_handed_on(
 
     def load_pretrained(source, **options):
         asked.update(options, source=source)
-        model = models.decoder(SHAPE)
-        return model, model.init(jax.random.key(0)), models.ByteTokenizer(), "You are a teapot."
+        return models.decoder(SHAPE), models.ByteTokenizer(), "You are a teapot."
 
     monkeypatch.setattr(workflow, "load_pretrained", load_pretrained)
+    monkeypatch.setattr(workflow, "pretrained_params", lambda source: {"weights of": source})
     wanted = kitchen.PretrainedConfig(source="somewhere", dtype="bfloat16", remat=True)
     config = replace(CONFIG, model=wanted, data=conversations, row_length=128)
-    model, tokenizer, system, _, _ = workflow.load_model.fn(config)
+    model, tokenizer, system = workflow.load_model.fn(config)
     assert asked == {"source": "somewhere", "dtype": "bfloat16", "remat": True}
-    data, _ = workflow.load_data.fn(config, model, tokenizer, system)
+    assert workflow.load_params.fn(config) == {"weights of": "somewhere"}
+    data = workflow.load_data.fn(config, model, tokenizer, system)
     shown = bytes(int(t) for t in data.batch_at(0)["tokens"].ravel() if t < 256)
     assert b"You are a teapot." in shown
 
@@ -130,6 +131,7 @@ def test_pretrained_options_and_the_system_message_are_handed_on(
 def test_evaluation_adds_up_all_held_out_batches():
     pushed = []
     context = kitchen.Context(
+        run=SimpleNamespace(run_id="small"),
         steps=SimpleNamespace(
             eval_step=lambda params, batch, frozen: {"loss": Mean.of(params * batch + frozen)}
         ),
@@ -149,7 +151,7 @@ def test_metrics_reach_the_disk_before_the_checkpoint_and_a_step_is_saved_once(t
     seen = []
     state = train.make_steps(loss_fn, train.adamw(0.1)).init(PARAMS, 0)
     context = kitchen.Context(
-        run=Run(recipe="small", workdir=tmp_path, resumed=False),
+        run=kitchen.Run(recipe="small", workdir=tmp_path, resumed=False),
         config=CONFIG,
         state=state,
         data=SimpleNamespace(fingerprint="f" * 64),
@@ -166,7 +168,7 @@ def test_metrics_reach_the_disk_before_the_checkpoint_and_a_step_is_saved_once(t
 
 def test_a_run_resumed_before_its_first_checkpoint_starts_at_step_0(tmp_path, capsys):
     context = kitchen.Context(
-        run=Run(recipe="small", workdir=tmp_path, resumed=True),
+        run=kitchen.Run(recipe="small", workdir=tmp_path, resumed=True),
         state={"w": jnp.ones(2)},
         data=SimpleNamespace(fingerprint="f"),
         config=CONFIG,
@@ -175,6 +177,20 @@ def test_a_run_resumed_before_its_first_checkpoint_starts_at_step_0(tmp_path, ca
     assert after["first_step"] == 0
     assert after["state"]["w"].tolist() == [1.0, 1.0]
     assert "no checkpoint yet" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("asked", "given"), [("auto", 8), (1, None), (4, None)], ids=str)
+def test_a_saved_chunk_is_for_a_run_that_is_to_choose_it(tmp_path, asked, given):
+    state = train.make_steps(loss_fn, train.adamw(0.1)).init(PARAMS, 0)
+    train.save(tmp_path, 5, state, {"config": {}, "data_fingerprint": "f", "chunk": 8})
+    context = kitchen.Context(
+        run=kitchen.Run(recipe="small", workdir=tmp_path, resumed=True),
+        state=state,
+        data=SimpleNamespace(fingerprint="f"),
+        config=replace(CONFIG, chunk=asked),
+    )
+    after = stages.restore(context)
+    assert (after["first_step"], after["chunk"]) == (5, given)
 
 
 @pytest.fixture
@@ -195,7 +211,7 @@ def test_what_is_not_evaluated_is_not_reported(recipe, overrides):
 def test_the_batches_are_closed_when_the_run_ends(recipe):
     context = kitchen.run(recipe).context
     with pytest.raises(StopIteration):
-        next(context["batches"])
+        context["batches"].next(2)
 
 
 def test_a_run_is_called_by_its_directory_even_if_it_is_the_current_one(recipe, monkeypatch):
@@ -210,7 +226,7 @@ def test_a_run_is_called_by_its_directory_even_if_it_is_the_current_one(recipe, 
 def test_the_batch_is_cut_into_the_microbatches_asked_for():
     counted = lambda params, batch, key: (loss_fn(params, batch, key)[0], {"pieces": 1})  # noqa: E731
     for pieces in (1, 2, 4):
-        steps = stages.make_steps.fn(replace(CONFIG, microbatches=pieces), counted, donate=False)
+        steps = stages.make_steps.fn(replace(CONFIG, microbatches=pieces), counted)
         _, metrics = steps.train_step(steps.init(PARAMS, 0), BATCH)
         assert metrics["pieces"] == pieces
 
@@ -219,8 +235,9 @@ def test_a_run_donates_its_state_and_lets_go_of_the_first_parameters():
     steps = stages.make_steps.fn(CONFIG, loss_fn)
     context = stages.init_state(kitchen.Context(config=CONFIG, steps=steps, params=PARAMS))
     assert context["params"] is None
-    after = stages.train_step(context.replace(batch=BATCH))
-    assert context["state"].params["w"].is_deleted()
+    first = context["state"].params["w"]
+    after = kitchen.compile(stages.train_step)(context.replace(batch=BATCH))
+    assert first.is_deleted()
     assert not PARAMS["w"].is_deleted()
     taken = stages.steps_taken(after)["step"]
     assert (type(taken), taken) == (int, 1)
@@ -234,10 +251,17 @@ def test_training_is_given_what_is_frozen():
     assert given == [(1, 2, 3)]
 
 
-def test_batches_are_handed_on_as_arrays_on_the_device():
-    batches = iter([{"tokens": np.ones((2, 3), np.int32)}])
-    batch = stages.next_batch(kitchen.Context(batches=batches))["batch"]
-    assert isinstance(batch["tokens"], jax.Array)
+def test_the_program_that_reads_a_batch_puts_it_on_the_device_by_an_explicit_transfer():
+    count = kitchen.stage("sum")(lambda batch: batch["tokens"].sum())
+    batches = SimpleNamespace(next=lambda step: {"tokens": np.full((2, 3), step, np.int32)})
+    context = stages.next_batch(kitchen.Context(batches=batches, step=7))
+    assert isinstance(context["batch"]["tokens"], np.ndarray)
+    with jax.transfer_guard("disallow"):
+        after = kitchen.compile(count)(context)
+        with pytest.raises(Exception, match=r"[Dd]isallowed host-to-device"):
+            jax.jit(lambda tokens: tokens.sum())(context["batch"]["tokens"])
+    assert isinstance(after["sum"], jax.Array)
+    assert int(after["sum"]) == 42
 
 
 @pytest.mark.parametrize(
@@ -253,6 +277,7 @@ def test_batches_are_handed_on_as_arrays_on_the_device():
         *({name: -1} for name in ("seed", "num_steps", "warmup_steps", "decay_steps")),
         *({name: -1} for name in ("weight_decay", "max_grad_norm")),
         *({name: -1} for name in ("log_every", "save_every", "eval_every")),
+        *({"chunk": wrong} for wrong in (0, 2.0, True, "all")),
     ],
     ids=str,
 )
@@ -263,7 +288,9 @@ def test_a_setting_just_out_of_range_is_refused_by_name(wrong):
 
 def test_an_adapter_and_the_weights_it_corrects_are_drawn_from_two_keys():
     lora = models.LoraConfig(rank=SHAPE.width, targets=("query",))
-    _, _, _, adapter, base = workflow.load_model.fn(replace(CONFIG, lora=lora))
+    config = replace(CONFIG, lora=lora)
+    model, *_ = workflow.make_model.fn(config)
+    adapter, base = workflow.init_adapter.fn(config, workflow.init_params.fn(config, model))
     weights = base["layers"]["query"]
     assert adapter["layers"]["query"]["a"].shape == weights.shape
     assert not jnp.allclose(adapter["layers"]["query"]["a"], weights)

@@ -51,6 +51,11 @@ def is_key(leaf):
     return jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
 
 
+def compiled(result, function):
+    """The stages in which a function was compiled, once for each time."""
+    return [c.stage for c in result.compiles if c.function == function]
+
+
 def logged(workdir, metric="loss"):
     """`[(attempt, step, value)]` in the order written."""
     rows = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
@@ -104,13 +109,13 @@ def test_a_resumed_run_equals_an_unbroken_one_bit_for_bit(recipe, tmp_path, lora
     for name in ("eval/loss", "grad_norm", "learning_rate"):
         a, b = resumed.history[name], unbroken.history[name]
         assert dict(zip(*a, strict=True)).items() >= dict(zip(*b, strict=True)).items(), name
-    assert resumed.context["steps"].train_step._cache_size() == 1
+    assert compiled(resumed, "train_step") == ["train_step"]
 
 
 def test_a_run_killed_between_checkpoints_repeats_the_lost_steps(recipe, tmp_path):
     unbroken = kitchen.run(recipe, workdir=tmp_path / "unbroken")
 
-    @kitchen.stage()
+    @kitchen.stage(host=True)
     def power_cut(step):
         if step == 4:
             raise KeyboardInterrupt
@@ -144,8 +149,12 @@ def test_taking_the_parts_makes_no_directory(recipe):
 
 
 def test_the_train_step_compiles_once_in_a_whole_run(recipe):
-    steps = kitchen.run(recipe).context["steps"]
-    assert steps.train_step._cache_size() == 1
+    result = kitchen.run(recipe)
+    assert compiled(result, "train_step") == ["train_step"]
+    assert compiled(result, "eval_step") == ["evaluate"]
+    assert [c.changed for c in result.compiles if c.changed] == []
+    steps = result.context["steps"]
+    assert steps.train_step._cache_size() == 0  # the program's trace alone, none of its own
     assert steps.eval_step._cache_size() == 1
 
 
@@ -153,19 +162,20 @@ def test_nothing_crosses_to_or_from_the_device_but_the_batch_and_the_metrics(rec
     """Implicit transfers are forbidden in the loop; the batch's is explicit, the metrics' is made
     by the stream's own thread."""
 
-    @kitchen.stage()
+    @kitchen.stage(host=True)
     def guard():
         jax.config.update("jax_transfer_guard", "disallow")
 
-    @kitchen.stage()
+    @kitchen.stage(host=True)
     def unguard():
         jax.config.update("jax_transfer_guard", "allow")
 
     def guarded(config):
-        whole = kitchen.supervised(config)
-        at = next(i for i, part in enumerate(whole.parts) if part.name == "repeat")
-        parts = (*whole.parts[:at], guard, whole.parts[at], unguard, *whole.parts[at + 1 :])
-        return kitchen.sequence(*parts)
+        *before, last = kitchen.supervised(config).parts
+        work, cleanup = last.parts
+        at = next(i for i, part in enumerate(work.parts) if part.name == "repeat")
+        parts = (*work.parts[:at], guard, work.parts[at], unguard, *work.parts[at + 1 :])
+        return kitchen.sequence(*before, kitchen.ensure(kitchen.sequence(*parts), cleanup))
 
     try:
         kitchen.run(dataclasses.replace(recipe, workflow=guarded))
@@ -283,6 +293,7 @@ def spoil(text):
         (None, {"seed": 2**40}, "seed=1099511627776 must be below"),
         (None, {"microbatches": 3}, "microbatches=3 does not divide batch_size=4"),
         (None, {"row_length": 4}, "[Nn]o supervised"),
+        (None, {"row_length": 40}, "No stop token is trained on.*--row-length"),
         (None, {"model": kitchen.PretrainedConfig(source="/nowhere")}, "/nowhere"),
     ],
 )
@@ -370,12 +381,18 @@ def test_the_command_line_helps_and_answers_mistakes():
 def test_the_stages_compose_by_hand(recipe):
     """The second way in: the same stages, one's own workflow."""
     by_hand = kitchen.sequence(
-        *kitchen.supervised(recipe.config).parts[:5],
+        *kitchen.supervised(recipe.config).parts[:7],
         stages.restore,
-        stages.open_run,
-        kitchen.repeat(6, stages.next_batch, stages.train_step, stages.log_metrics),
-        stages.steps_taken,
-        stages.save_checkpoint,
+        kitchen.ensure(
+            kitchen.sequence(
+                stages.open_stream,
+                stages.read_ahead,
+                kitchen.repeat(6, stages.next_batch, stages.train_step, stages.log_metrics),
+                stages.steps_taken,
+                stages.save_checkpoint,
+            ),
+            stages.close_run,
+        ),
     )
     mine = kitchen.Recipe(name="mine", workflow=lambda config: by_hand, config=recipe.config)
     a = kitchen.run(mine)
@@ -386,7 +403,7 @@ def test_the_stages_compose_by_hand(recipe):
 def test_a_stage_of_ones_own_runs_after_each_step(recipe):
     seen = []
 
-    @kitchen.stage()
+    @kitchen.stage(host=True)
     def watch(step, state, metrics):
         seen.append((step, int(state.step), float(metrics["loss"].value)))
 
@@ -407,7 +424,7 @@ def test_the_loop_reads_nothing_back_on_its_own_thread(recipe, monkeypatch):
         readers.append(threading.current_thread())
         return original(array)
 
-    @kitchen.stage()
+    @kitchen.stage(host=True)
     def watch(step):
         if step == 0:
             monkeypatch.setattr(ArrayImpl, "_value", property(watched))
@@ -423,10 +440,14 @@ def test_the_loop_reads_nothing_back_on_its_own_thread(recipe, monkeypatch):
 
 
 def test_what_is_cut_is_counted_and_said_of_both_parts(recipe, capsys):
-    kitchen.run(recipe, row_length=40, num_steps=0)
+    kitchen.run(recipe, row_length=47, num_steps=0)  # what the answers up to 9 just fit into
     out = capsys.readouterr().out
-    assert re.search(r"^Data: 18 examples .* truncated", out, re.MULTILINE)
-    assert re.search(r"^Held out: 6 examples .* truncated", out, re.MULTILINE)
+    cut = [
+        int(re.search(rf"^{part} .* (\d+) truncated \(-", out, re.MULTILINE)[1])
+        for part in ("Data: 18 examples", "Held out: 6 examples")
+    ]
+    assert sum(cut) == 15
+    assert min(cut) > 0
 
 
 def test_a_finished_run_says_that_nothing_is_left_to_train(recipe, capsys):

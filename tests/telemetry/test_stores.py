@@ -5,6 +5,7 @@ import math
 import os
 import subprocess
 import sys
+from datetime import UTC, datetime
 
 import numpy as np
 import pytest
@@ -82,6 +83,15 @@ def test_numpy_scalars_in_a_hand_made_record_are_written_as_numbers(tmp_path):
     path = tmp_path / "metrics.jsonl"
     write(path, record(1, a=np.float64(0.5), b=np.float32(0.25), c=3))
     assert [entry.value for entry in read_metrics(path)] == [0.5, 0.25, 3.0]
+
+
+@pytest.mark.parametrize("seconds", [0, 59, 1_700_000_000, 951_782_399, 4_102_444_799, -1])
+@pytest.mark.parametrize("part", [0.0, 0.25, 0.1234565, 0.0000004, 0.0000006, 0.9999994, 0.9999999])
+def test_a_time_is_written_as_datetime_has_it(tmp_path, seconds, part):
+    path, timestamp = tmp_path / "metrics.jsonl", seconds + part
+    write(path, Record("run", 1, timestamp, {"loss": 1.0}, 0))
+    written = json.loads(path.read_text())["timestamp"]
+    assert written == datetime.fromtimestamp(timestamp, UTC).isoformat(timespec="microseconds")
 
 
 def test_an_empty_record_writes_nothing(tmp_path):

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import threading
 import time
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -15,7 +16,7 @@ import numpy as np
 import pytest
 
 from crucible.metrics import Mean
-from crucible.telemetry import JsonlStore, Record, Stream, read_metrics
+from crucible.telemetry import ConsoleSink, JsonlStore, Record, Stream, read_metrics, reader
 
 
 class Kept:
@@ -239,6 +240,232 @@ def test_the_smallest_bound_still_makes_progress():
         Stream("run", [], max_pending=1)
 
 
+def test_a_push_that_waited_goes_on_once_half_the_bound_is_free():
+    turns, pushed = threading.Semaphore(0), []
+
+    class InTurn(Kept):
+        def __call__(self, record):
+            assert turns.acquire(timeout=10)
+            super().__call__(record)
+
+    kept = InTurn()
+    stream = Stream("run", [kept], max_pending=6)
+
+    def loop():
+        for step in range(10):
+            stream.push(step, {"loss": 1.0})
+            pushed.append(step)
+
+    thread = threading.Thread(target=loop)
+    thread.start()
+    for handled, expected in ((0, 6), (1, 6), (2, 6), (3, 9), (4, 9), (5, 9), (6, 10)):
+        wait_until(lambda handled=handled: len(kept.steps) == handled)
+        time.sleep(0.02)
+        wait_until(lambda expected=expected: len(pushed) == expected)
+        turns.release()
+    turns.release(10)
+    thread.join(10)
+    stream.close()
+    assert kept.steps == list(range(10))
+
+
+def test_the_seconds_that_pushes_waited_for_the_reader_are_counted():
+    gate = threading.Event()
+    stream = Stream("run", [Kept(gate)], max_pending=2)
+    stream.push(1, {"loss": 1.0})
+    stream.push(2, {"loss": 1.0})
+    assert stream.waited == 0.0
+    timer = threading.Timer(0.1, gate.set)
+    timer.start()
+    began = time.perf_counter()
+    stream.push_many(range(3, 5), {"loss": np.ones(2)})
+    assert 0.05 < stream.waited <= time.perf_counter() - began
+    timer.join()
+    once = stream.waited
+    stream.flush()  # is no push
+    assert stream.waited == once
+    gate.clear()
+    stream.push(5, {"loss": 1.0})
+    stream.push(6, {"loss": 1.0})
+    with pytest.raises(KeyboardInterrupt), ctrl_c():
+        stream.push(7, {"loss": 1.0})
+    assert stream.waited > once + 0.02
+    gate.set()
+    stream.close()
+
+
+def chunk(steps, longer=0):
+    """The metrics of some steps, stacked, and after them what no step computed."""
+    n = np.arange(len(steps) + longer, dtype=np.float32)
+    return {
+        "loss": Mean(jnp.asarray(n * 3), jnp.asarray(n % 4)),  # every fourth weighs nothing
+        "eval": {"tokens": jnp.asarray(n.astype(np.int32) + 2**24 + 1)},
+        "half": jnp.asarray(n, jnp.bfloat16),
+        "nan": np.where(n == 1, np.nan, n),
+    }
+
+
+def test_a_chunk_gives_what_pushing_its_steps_one_by_one_gives():
+    whole, single = Kept(), Kept()
+    with Stream("run", [whole], attempt=2) as many, Stream("run", [single], attempt=2) as one:
+        for steps in (range(0, 8), range(8, 9), range(9, 12), range(12, 20, 2)):
+            metrics = chunk(steps, longer=steps.start % 3)
+            many.push_many(steps, metrics)
+            for i, step in enumerate(steps):
+                one.push(step, jax.tree.map(lambda leaf, i=i: leaf[i], metrics))
+    assert whole.steps == single.steps == [*range(12), *range(12, 20, 2)]
+    for a, b in zip(whole.records, single.records, strict=True):
+        assert (a.run_id, a.attempt) == (b.run_id, b.attempt)
+        assert list(a.values) == list(b.values)
+        np.testing.assert_array_equal(list(a.values.values()), list(b.values.values()))
+        assert {type(value) for value in a.values.values()} == {float}
+        assert type(a.step) is int
+    assert "loss" not in whole.records[4].values
+
+
+def test_records_and_chunks_come_in_the_order_they_were_pushed():
+    kept = Kept()
+    with Stream("run", [kept]) as stream:
+        stream.push(0, {"loss": 1.0})
+        stream.push_many(range(1, 4), {"loss": np.ones(3)})
+        stream.push(3, {"eval/loss": 1.0})
+        stream.push_many(range(4, 6), {"loss": np.ones(3)})
+        time.sleep(0.05)
+        assert kept.steps == [0, 1, 2, 3, 3]  # the newest is read when the next one comes
+    assert kept.steps == [0, 1, 2, 3, 3, 4, 5]
+
+
+def test_a_chunk_makes_no_transfer_and_no_sync_and_is_fetched_in_one_call(monkeypatch):
+    kept, fetched, fetch = Kept(), [], jax.device_get
+    metrics, pending = chunk(range(8)), Pending()
+    pending.shape = (8,)  # pyright: ignore[reportAttributeAccessIssue]
+    with Stream("run", [Kept()]) as stream, jax.transfer_guard("disallow"):
+        stream.push_many(range(8), {**metrics, "pending": pending})
+        assert pending.read_by is not threading.current_thread()
+        pending.ready.set()
+        with pytest.raises(IndexError):  # it stands for one number only
+            stream.flush()
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    monkeypatch.setattr(jax, "device_get", lambda tree: fetched.append(tree) or fetch(tree))
+    with Stream("run", [kept]) as stream:
+        stream.push_many(range(8), metrics)
+    assert (kept.steps, len(fetched)) == (list(range(8)), 1)
+
+
+def test_a_chunk_counts_as_one_against_the_bound():
+    gate = threading.Event()
+    kept = Kept(gate)
+    stream = Stream("run", [kept], max_pending=4)
+    for first in range(0, 40, 10):
+        stream.push_many(range(first, first + 10), {"loss": np.ones(10)})
+    assert stream.waited == 0.0
+    gate.set()
+    stream.close()
+    assert kept.steps == list(range(40))
+
+
+def ready_at(monkeypatch, *times):
+    """Have the pushes' values ready at these times."""
+    times = iter(times)
+    monkeypatch.setattr(reader, "time", SimpleNamespace(time=lambda: next(times)))
+
+
+def test_the_times_of_a_chunk_are_spread_from_the_record_before_to_its_own(monkeypatch):
+    kept = Kept()
+    ready_at(monkeypatch, 100.0, 108.0, 109.0, 119.0)
+    with Stream("run", [kept]) as stream:
+        stream.push_many(range(4), {"loss": np.ones(4)})
+        stream.push_many(range(4, 8), {"loss": np.ones(4)})
+        stream.push(8, {"loss": 1.0})
+        stream.push_many(range(9, 11), {"loss": np.ones(8)})
+    assert [record.timestamp for record in kept.records] == [
+        *(100.0, 100.0, 100.0, 100.0),  # nothing is known of the time before
+        *(102.0, 104.0, 106.0, 108.0),
+        109.0,
+        *(114.0, 119.0),
+    ]
+
+
+def test_the_rate_over_chunks_is_that_of_the_dispatches(monkeypatch, capsys):
+    ready_at(monkeypatch, 100.0, 101.0, 102.0)
+    with Stream("run", [ConsoleSink(1000, every=1)]) as stream:
+        for first in range(0, 30, 10):
+            stream.push_many(range(first, first + 10), {"tokens": np.full(10, 50.0)})
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 30
+    assert not [line for line in lines[:10] if "tokens/s" in line]  # one moment is no rate
+    assert {line.split("tokens/s ")[1].split()[0] for line in lines[10:]} == {"500"}
+
+
+@pytest.mark.parametrize(
+    ("steps", "metrics", "error", "message"),
+    [
+        (
+            range(16, 24),
+            {"eval": {"loss": Mean(np.ones(8), np.ones(7))}},
+            ValueError,
+            r"metric 'eval/loss' has 7 entries for the 8 steps range\(16, 24\)",
+        ),
+        (range(2), {"loss": jnp.float32(1.0)}, ValueError, r"metric 'loss' has shape \(\); push_m"),
+        (range(2), {"loss": 1.0}, ValueError, r"metric 'loss' has shape \(\)"),
+        (range(2), {"loss": jnp.ones((2, 3))}, ValueError, r"metric 'loss' has shape \(2, 3\)"),
+        (range(2), np.ones(2), ValueError, "a metric needs a name"),
+        (3, {"loss": np.ones(3)}, TypeError, "steps=3: it takes a range of optimizer steps"),
+        ([0, 1], {"loss": np.ones(3)}, TypeError, "Send a single step with push"),
+    ],
+)
+def test_a_chunk_that_does_not_fit_its_steps_is_refused_by_the_push_itself(
+    steps, metrics, error, message
+):
+    kept = Kept()
+    with Stream("run", [kept]) as stream:
+        with pytest.raises(error, match=message):
+            stream.push_many(steps, metrics)
+        stream.push(1, {"loss": 1.0})
+    assert kept.steps == [1]
+
+
+@pytest.mark.parametrize("dtype", ["<U3", "complex64", "object"])
+def test_a_chunk_of_what_is_not_a_number_is_named(dtype):
+    stream = Stream("run", [])
+    stream.push_many(range(2), {"loss": np.ones(2).astype(dtype)})
+    with pytest.raises(TypeError, match=r"metric 'loss' is array.*; a metric is a number"):
+        stream.close()
+
+
+def test_a_chunk_of_no_steps_is_nothing():
+    kept = Kept()
+    stream = Stream("run", [kept], max_pending=2)
+    for _ in range(5):
+        stream.push_many(range(3, 3), {"loss": np.ones(0)})
+    stream.close()
+    assert (kept.steps, stream.waited) == ([], 0.0)
+    with pytest.raises(RuntimeError, match=r"steps range\(3, 5\) was pushed to the closed stream"):
+        stream.push_many(range(3, 5), {"loss": np.ones(2)})
+
+
+def test_a_chunk_that_cannot_be_read_is_lost_as_a_whole_and_named():
+    kept, lost = Kept(), jnp.ones(3) + 1
+    lost.delete()
+    stream = Stream("run", [kept])
+    stream.push_many(range(4, 7), {"loss": lost})
+    with pytest.raises(RuntimeError, match="deleted") as caught:
+        stream.flush()
+    assert "pushed at steps 4 to 6 could not be read" in caught.value.__notes__[0]
+    stream.push(7, {"loss": 1.0})
+    stream.close()
+    assert kept.steps == [7]
+
+
+def test_a_handler_that_fails_within_a_chunk_misses_the_rest_of_it():
+    broken, kept = Broken(5), Kept()
+    stream = Stream("run", [broken, kept])
+    stream.push_many(range(4, 8), {"loss": np.ones(4)})
+    with pytest.warns(RuntimeWarning, match="Broken failed at step 5 of run 'run'"):
+        stream.close()
+    assert (broken.steps, kept.steps) == ([4], [4, 5, 6, 7])
+
+
 def test_flush_returns_when_all_is_handled_and_flushed():
     kept = Kept()
     with Stream("run", [kept]) as stream:
@@ -274,6 +501,7 @@ def test_a_handler_that_fails_is_dropped_with_one_warning_and_the_run_goes_on():
     assert "telemetry handler Broken failed at step 2 of run 'run'" in str(warning.message)
     assert "No space left on device" in str(warning.message)
     assert 'raise OSError("No space left' in str(warning.message)  # the traceback's text
+    assert warning.filename == __file__
     stream.push(4, {"loss": 1.0})
     stream.close()
     assert (broken.steps, broken.closes) == ([1], 1)

@@ -369,6 +369,39 @@ def test_a_file_without_answers_is_refused_with_its_roles(tmp_path):
         load(path, RENDERER, row_length=8, batch_size=1, seed=0, vocab_size=258)
 
 
+class Store:
+    name = "a store"
+
+    def __init__(self, path):
+        self._path = path
+
+    def rows(self):
+        return map(json.loads, self._path.read_text().splitlines())
+
+
+def test_a_store_makes_the_batches_of_a_file_with_the_same_rows(tmp_path):
+    chats = [[("user", "Hi"), ("assistant", "Yes?")], [("user", "B"), ("assistant", "No")]]
+    path = write(tmp_path, *chats, chats[0])
+    settings = {"row_length": 32, "batch_size": 1, "seed": 0, "vocab_size": 258}
+    file = load(path, RENDERER, **settings, eval_fraction=0.3)
+    store = load(Store(path), RENDERER, **settings, eval_fraction=0.3)
+    assert store.fingerprint == file.fingerprint
+    assert all(same(store.batch_at(step), file.batch_at(step)) for step in range(6))
+    assert same(store.eval_batches[0], file.eval_batches[0])
+
+
+def test_a_store_without_answers_is_refused_by_its_name(tmp_path):
+    with pytest.raises(ValueError, match=r"tokens in a store: its 1 conversations have 0 system"):
+        load(
+            Store(write(tmp_path, [("user", "A")])),
+            RENDERER,
+            row_length=8,
+            batch_size=1,
+            seed=0,
+            vocab_size=258,
+        )
+
+
 def test_answers_that_are_all_cut_off_name_the_row_length(tmp_path):
     path = write(tmp_path, [("user", "A long question"), ("assistant", "Yes")])
     says = r"4 supervised ones were cut off: 1 examples are longer than row_length=16.*--row-length"

@@ -3,7 +3,7 @@ import json
 import pytest
 
 from crucible.train.data import bundled_conversations
-from crucible.train.messages import ROLES, Message, conversation, read_conversations
+from crucible.train.messages import ROLES, Message, conversation, read_conversations, read_rows
 
 HI = '{"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Yes?"}]}'
 
@@ -81,6 +81,75 @@ def test_an_empty_file_shows_what_to_write(tmp_path, lines):
 def test_a_bad_line_is_named_with_what_is_wrong(tmp_path, line, says):
     with pytest.raises(ValueError, match=says):
         read_conversations(write(tmp_path, HI, "", line, HI))
+
+
+class Store:
+    name = "a store"
+
+    def __init__(self, *rows):
+        self.rows = lambda: iter(rows)
+
+
+def test_a_store_is_read_as_a_file_with_the_same_rows_is(tmp_path):
+    lines = [HI, '{"messages": [{"role": "system", "content": "Be kind."}], "topic": "other"}']
+    from_file = read_conversations(write(tmp_path, *lines))
+    assert read_conversations(Store(*map(json.loads, lines))) == from_file
+    assert len(from_file) == 2
+
+
+def test_rows_keep_their_other_keys(tmp_path):
+    lines = [HI, "", '{"messages": [{"role": "user", "content": "Yes?"}], "topic": [1]}']
+    rows = list(read_rows(write(tmp_path, *lines)))
+    assert rows == [json.loads(line) for line in lines if line]
+
+
+@pytest.mark.parametrize(
+    ("line", "says"),
+    [
+        ('{"text": 1}', r"chats\.jsonl:3: the line is an object with the keys \['text'\]"),
+        (row(role="USER"), r"chats\.jsonl:3: messages\[0\] has the role 'USER'"),
+        ("[", r"chats\.jsonl:3, column 2: not JSON"),
+    ],
+)
+def test_rows_are_checked_as_conversations_are(tmp_path, line, says):
+    path = write(tmp_path, HI, "", line)
+    with pytest.raises(ValueError, match=says) as of_rows:
+        list(read_rows(path))
+    with pytest.raises(ValueError, match=says) as of_conversations:
+        read_conversations(path)
+    assert str(of_rows.value) == str(of_conversations.value)
+
+
+@pytest.mark.parametrize(
+    ("bad", "says"),
+    [
+        ([1], r"^a store, row 1 \(from 0\): the row is a list, but must be"),
+        ({"text": 1, "id": 2}, r"row 1 \(from 0\): the row is .* the keys \['id', 'text'\]"),
+        ({"text": 1, 2: 3}, r"the keys \['2', 'text'\]"),
+        ({"messages": []}, r"^a store, row 1 \(from 0\): messages is empty"),
+        (json.loads(row(role="bot")), r"^a store, row 1 \(from 0\): messages\[0\] has the role"),
+    ],
+)
+def test_a_bad_row_of_a_store_is_named_with_what_is_wrong(bad, says):
+    with pytest.raises(ValueError, match=says):
+        read_conversations(Store(json.loads(HI), bad))
+
+
+def test_a_store_without_rows_is_named():
+    with pytest.raises(ValueError, match=r"^a store holds no conversation: it gave no rows"):
+        read_conversations(Store())
+
+
+@pytest.mark.parametrize(
+    ("source", "kind"),
+    [(None, "null"), ([json.loads(HI)], "a list"), (type("A", (), {"name": "a"})(), "a A")],
+)
+def test_what_is_neither_a_path_nor_a_store_is_refused(source, kind):
+    with pytest.raises(TypeError, match=f"cannot be read from {kind}: .*a method 'rows'"):
+        read_conversations(source)
+    nameless = type("B", (), {"rows": lambda self: [json.loads(HI)]})()
+    with pytest.raises(TypeError, match=r"from a B: .*an attribute 'name'"):
+        read_conversations(nameless)
 
 
 def test_the_message_at_fault_is_counted_within_its_line():

