@@ -5,9 +5,10 @@ A stage here holds context, routing and errors; the arithmetic it needs lives in
 
 from crucible.kitchen.command import main
 from crucible.kitchen.compile import compile, programs
-from crucible.kitchen.concurrency import async_loop, parallel, stream, timeout
+from crucible.kitchen.concurrency import async_loop, parallel, stream
 from crucible.kitchen.context import Context
 from crucible.kitchen.draw import draw
+from crucible.kitchen.guards import ensure, retry, timeout
 from crucible.kitchen.ledger import Compilation, Cost, Ledger, waiting
 from crucible.kitchen.outline import describe
 from crucible.kitchen.plan import Plan, ProgramPlan
@@ -17,7 +18,8 @@ from crucible.kitchen.rundir import Run
 from crucible.kitchen.runner import Kit, Result, plan, run, steps
 from crucible.kitchen.stage import Stage, stage
 from crucible.kitchen.targets import find_recipe
-from crucible.kitchen.workflow import check, ensure, every, fuse, repeat, retry, sequence, when
+from crucible.kitchen.wiring import check
+from crucible.kitchen.workflow import every, fuse, repeat, sequence, when
 from crucible.kitchen.workflows.supervised import PretrainedConfig, SupervisedConfig, supervised
 
 __all__ = [

@@ -28,7 +28,8 @@ from crucible.kitchen.tracing import (
     only_arrays,
     trace,
 )
-from crucible.kitchen.workflow import bounds, may_give, sequence, turn
+from crucible.kitchen.wiring import may_give
+from crucible.kitchen.workflow import bounds, sequence, turn
 
 __all__ = ["Chunks"]
 

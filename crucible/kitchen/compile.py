@@ -18,7 +18,8 @@ from crucible.kitchen.programs import Program, claim, share, share_given
 from crucible.kitchen.scope import rolls_back
 from crucible.kitchen.stage import Stage, parameters_of
 from crucible.kitchen.tracing import check_given, exposed, given_by, on_device, only_arrays, trace
-from crucible.kitchen.workflow import every_part, leaves, may_give, sequence
+from crucible.kitchen.wiring import every_part, leaves, may_give
+from crucible.kitchen.workflow import sequence
 
 __all__ = ["compile", "programs"]
 

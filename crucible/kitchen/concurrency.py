@@ -7,12 +7,9 @@ with a warning, as a daemon thread that does not keep the program alive.
 
 from __future__ import annotations
 
-import contextlib
 import contextvars
 import operator
 import threading
-import warnings
-from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor, wait
 from types import GeneratorType
@@ -20,21 +17,13 @@ from typing import Any, NamedTuple
 
 from crucible.kitchen import ledger
 from crucible.kitchen.context import Context
+from crucible.kitchen.producer import Producer
 from crucible.kitchen.scope import Journal, adopt, fresh_journal, in_order, reached, series, undo
-from crucible.kitchen.stage import Stage, explain
-from crucible.kitchen.workflow import (
-    Argument,
-    combine,
-    host_only,
-    may_give,
-    only_stages,
-    options,
-    turn,
-)
+from crucible.kitchen.stage import Stage
+from crucible.kitchen.wiring import Argument, combine, may_give, only_stages, options
+from crucible.kitchen.workflow import turn
 
-__all__ = ["add_metrics", "async_loop", "merged", "parallel", "stream", "timeout"]
-
-PATIENCE = 30.0  # seconds that a loop waits for its producer to finish
+__all__ = ["Outcome", "add_metrics", "async_loop", "branch_of", "merged", "parallel", "stream"]
 
 
 def parallel(*stages: Stage, max_concurrency: int | Callable[..., int] | None = None) -> Stage:
@@ -79,10 +68,10 @@ def parallel(*stages: Stage, max_concurrency: int | Callable[..., int] | None = 
             raise ValueError(f"parallel: max_concurrency={workers} must be at least 1.")
         failed = threading.Event()
 
-        def branch(part: Stage) -> _Outcome | None:
+        def branch(part: Stage) -> Outcome | None:
             if failed.is_set():
                 return None
-            outcome = _branch(part, context)
+            outcome = branch_of(part, context)
             if outcome.error is not None:
                 failed.set()
             return outcome
@@ -118,7 +107,7 @@ def parallel(*stages: Stage, max_concurrency: int | Callable[..., int] | None = 
     )
 
 
-class _Outcome(NamedTuple):
+class Outcome(NamedTuple):
     """How a branch in a thread of its own has ended."""
 
     context: Context
@@ -126,12 +115,13 @@ class _Outcome(NamedTuple):
     error: BaseException | None
 
 
-def _branch(part: Stage, context: Context) -> _Outcome:
+def branch_of(part: Stage, context: Context) -> Outcome:
+    """Run a stage for a thread of its own, with a journal of its own."""
     journal, end = fresh_journal()
     try:
-        return _Outcome(series((part,))(context), journal, None)
+        return Outcome(series((part,))(context), journal, None)
     except BaseException as error:
-        return _Outcome(context, journal, error)
+        return Outcome(context, journal, error)
     finally:
         end()
 
@@ -214,7 +204,7 @@ def stream(
         close = iterator.close if isinstance(iterator, GeneratorType) else None
         where = f"In the source of stream({argument}, ...)."
         try:
-            with _Producer(lambda: next(iterator), prefetch, f"stream {argument}", close) as items:
+            with Producer(lambda: next(iterator), prefetch, f"stream {argument}", close) as items:
                 while (given := items.take(context, where, index, number)) is not None:
                     entry = context.replace(**{index: number, item: given[0]})
                     context = turn(body, entry, index, number, None)
@@ -313,7 +303,7 @@ def async_loop(
             return {**{name: after[name] for name in producer.gives}, version: seen}
 
         try:
-            with _Producer(produce, buffer_size, f"async_loop {producer}") as items:
+            with Producer(produce, buffer_size, f"async_loop {producer}") as items:
                 while not ends(context, number):
                     if (given := items.take(context, "", index, number)) is None:
                         break
@@ -354,159 +344,3 @@ def async_loop(
             start=start,
         ),
     )
-
-
-def timeout(stage: Stage, seconds: float) -> Stage:
-    """Give a host stage so many seconds, and raise TimeoutError if it takes longer.
-
-    Python cannot stop a thread: what took too long is left to finish by itself, and what it gives
-    is thrown away; it is not rolled back.
-
-    Raises:
-        ValueError: a stage in it runs on the device, or the time is not positive and finite.
-
-    Example:
-        >>> from crucible.kitchen import Context, stage
-        >>> quick = stage("x", host=True)(lambda: 1)
-        >>> timeout(quick, 10.0)(Context())["x"]
-        1
-    """
-    host_only("timeout", stage)
-    if not 0 < seconds <= threading.TIMEOUT_MAX:
-        raise ValueError(f"timeout({stage}, {seconds}): a time must be positive and finite.")
-
-    def run(context: Context) -> Context:
-        outcome: list[_Outcome] = []
-        scope = contextvars.copy_context()
-        thread = threading.Thread(
-            target=lambda: outcome.append(scope.run(_branch, stage, context)),
-            name=f"timeout {stage}",
-            daemon=True,
-        )
-        thread.start()
-        with ledger.waiting():
-            thread.join(seconds)
-        if not outcome:
-            late = TimeoutError(f"Stage {stage.name!r} took longer than {seconds:g} s (timeout).")
-            explain(late, context, f"In stage {stage.name!r}.")
-            raise late
-        after, journal, error = outcome[0]
-        if error is not None:
-            raise error
-        adopt([journal])
-        return after
-
-    return combine(
-        "timeout",
-        (stage,),
-        run,
-        settings={"seconds": seconds},
-        shown=[stage, f"{seconds:g}"],
-        again=lambda part: timeout(part, seconds),
-    )
-
-
-class _Producer:
-    """A thread that makes items ahead, and a bounded buffer of them.
-
-    Leaving its `with` block ends the thread. An error of the producer is raised where its next item
-    would have come.
-
-    Args:
-        make: makes the next item; StopIteration says that there is none. It is called when there is
-            room for what it makes.
-        size: of the buffer.
-        name: of the thread.
-        close: called in the thread at its end.
-    """
-
-    def __init__(
-        self,
-        make: Callable[[], Any],
-        size: int,
-        name: str,
-        close: Callable[[], None] | None = None,
-    ):
-        self._make, self._size, self._name, self._close = make, size, name, close
-        self._items: deque[Any] = deque()
-        self._changed = threading.Condition()
-        self._closed = self._ended = False
-        self._error: BaseException | None = None
-        scope = contextvars.copy_context()
-        self._thread = threading.Thread(target=scope.run, args=(self._run,), name=name, daemon=True)
-
-    def _run(self) -> None:
-        _, end = fresh_journal()
-        try:
-            while self._has_room():
-                item = self._make()
-                with self._changed:
-                    self._items.append(item)
-                    self._changed.notify_all()
-        except StopIteration:
-            pass
-        except BaseException as error:
-            self._error = error
-        finally:
-            end()
-            with self._changed:
-                self._ended = True
-                self._changed.notify_all()
-        if self._close is not None:
-            self._close()
-
-    def _has_room(self) -> bool:
-        """Wait until there is room for an item; False when nobody wants one any more."""
-        with self._changed:
-            while len(self._items) >= self._size and not self._closed:
-                self._changed.wait()
-            return not self._closed
-
-    def take(self, context: Context, where: str, index: str, number: int) -> tuple[Any] | None:
-        """The next item, in a tuple, or None at the end.
-
-        Args:
-            context: how far the run has come, for an error of the producer.
-            where: a note on such an error.
-            index: the name of the loop's number, for another.
-            number: that number.
-        """
-        try:
-            with self._changed:
-                while not self._items and not self._ended:
-                    self._changed.wait()
-                if self._items:
-                    item = self._items.popleft()
-                    self._changed.notify_all()
-                    return (item,)
-            if self._error is None:
-                return None
-            if where:
-                self._error.add_note(where)
-            raise self._error
-        except BaseException as error:
-            reached(error, context, surely=True)
-            error.add_note(f"At {index} {number}.")
-            raise
-
-    def __enter__(self) -> _Producer:
-        try:
-            self._thread.start()
-        except BaseException:  # Ctrl-C just now
-            self.__exit__()
-            raise
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        with self._changed:
-            self._closed = True
-            self._changed.notify_all()
-        with contextlib.suppress(RuntimeError):  # it has not begun yet, and will end at once
-            self._thread.join(PATIENCE)
-        if self._thread.is_alive():
-            warnings.warn(
-                f"The producer of {self._name} is still busy after {PATIENCE:g} s, and is left to "
-                "end by itself.",
-                RuntimeWarning,
-                stacklevel=2,
-            )

@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextvars import ContextVar
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any
 
 import jax
@@ -133,14 +134,15 @@ class Ledger:
             return
         function = str(about.get("fun_name", "")).removeprefix("jit(").removesuffix(")")
         if event == _TRACED:  # of a function within another it is part of that one's
-            call.traced[function] = duration_secs
+            call.traced = {**call.traced, function: duration_secs}
         elif event == _LOWERED:
             call.lowered = duration_secs
         elif event == _COMPILED:
-            total = duration_secs + call.lowered + call.traced.pop(function, 0.0)
-            call.lowered = 0.0
+            total = duration_secs + call.lowered + call.traced.get(function, 0.0)
+            call.traced, call.lowered = _NOTHING, 0.0
             call.compiling += total
-            changed = call.changed.pop(function, ())
+            changed = call.changed.get(function, ())
+            call.changed = {k: v for k, v in call.changed.items() if k != function}
             compilation = Compilation(
                 stage=call.name, function=function, seconds=total, changed=changed
             )
@@ -161,6 +163,9 @@ _current: ContextVar[Ledger | None] = ContextVar("ledger", default=None)
 _active = threading.local()  # .call: what this thread is doing
 
 
+_NOTHING: Mapping[str, Any] = MappingProxyType({})
+
+
 class _Call:
     """A stage at work."""
 
@@ -170,8 +175,7 @@ class _Call:
         self.ledger, self.name = ledger, name
         self.waited = self.compiling = self.lowered = 0.0
         self.idle = False  # within `waiting`
-        self.traced: dict[str, float] = {}
-        self.changed: dict[str, tuple[str, ...]] = {}
+        self.traced = self.changed = _NOTHING  # of their own once there is something to keep
 
 
 def timed(
@@ -235,12 +239,14 @@ def compiling(function: str, changed: tuple[str, ...]) -> Iterator[None]:
     """Trace a program: say why, and book nothing of what its stages do meanwhile."""
     call = getattr(_active, "call", None)
     if call is not None and changed:
-        call.changed[function] = changed
+        call.changed = {**call.changed, function: changed}
     with unbooked():
         yield
 
 
 def _tokens(batch: Any) -> int:
+    if batch is None:
+        return 0
     tokens = batch.get("tokens") if isinstance(batch, Mapping) else None
     size = getattr(tokens, "size", 0)
     return size if isinstance(size, int) else 0

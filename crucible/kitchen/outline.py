@@ -10,7 +10,8 @@ from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from crucible.kitchen.stage import Stage
-from crucible.kitchen.workflow import Argument, leaves, may_give, sequence
+from crucible.kitchen.wiring import Argument, leaves, may_give
+from crucible.kitchen.workflow import sequence
 
 __all__ = ["Node", "Words", "describe", "outline"]
 

@@ -19,7 +19,7 @@ from crucible.kitchen.problems import Problem, Problems
 from crucible.kitchen.shapes import Unknown, show_bytes, show_count, size_of
 from crucible.kitchen.stage import Stage
 from crucible.kitchen.walk import Row, Walk
-from crucible.kitchen.workflow import every_part
+from crucible.kitchen.wiring import every_part
 
 __all__ = ["FOUND", "Plan", "ProgramPlan", "plan_workflow"]
 

@@ -7,8 +7,8 @@ from typing import NamedTuple
 
 from crucible.kitchen.context import Context
 from crucible.kitchen.stage import Stage
+from crucible.kitchen.wiring import may_give
 from crucible.kitchen.words import did_you_mean
-from crucible.kitchen.workflow import may_give
 
 __all__ = ["Problem", "Problems"]
 

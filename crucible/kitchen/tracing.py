@@ -15,7 +15,8 @@ from crucible.kitchen.concurrency import merged
 from crucible.kitchen.context import Context
 from crucible.kitchen.scope import rolls_back
 from crucible.kitchen.stage import Stage
-from crucible.kitchen.workflow import bounds, every_part, may_give
+from crucible.kitchen.wiring import every_part, may_give
+from crucible.kitchen.workflow import bounds
 
 __all__ = [
     "advance",

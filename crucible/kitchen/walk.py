@@ -41,7 +41,7 @@ from crucible.kitchen.turns import (
     known_turns,
     unknown_turn,
 )
-from crucible.kitchen.workflow import leaves, may_give
+from crucible.kitchen.wiring import leaves, may_give
 
 __all__ = ["Problem", "Row", "Walk", "recall"]
 

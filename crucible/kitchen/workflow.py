@@ -2,25 +2,31 @@
 
 A number or a condition may be a function whose parameters name what it needs, as in
 `repeat(lambda config: config.num_steps, ...)` or `when(lambda step: step > 0, ...)`. Those that
-run stages beside each other (`parallel`, `stream`, `async_loop`, `timeout`) are in `concurrency`.
+run stages beside each other are in `concurrency`, those for what can go wrong in `guards`.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import operator
-import time
 from collections.abc import Callable, Iterable, Mapping, Sequence, Sized
 from typing import Any
 
-from crucible import telemetry, train
+from crucible import telemetry
 from crucible.kitchen import ledger
 from crucible.kitchen.context import Context
-from crucible.kitchen.scope import failed_at, reached, series
-from crucible.kitchen.stage import Stage, missing, parameters_of, take
-from crucible.kitchen.words import did_you_mean
+from crucible.kitchen.scope import reached, series
+from crucible.kitchen.stage import Stage, missing
+from crucible.kitchen.wiring import (
+    Argument,
+    combine,
+    every_part,
+    only_stages,
+    options,
+    surely_runs,
+)
 
-__all__ = ["check", "ensure", "every", "fuse", "repeat", "retry", "sequence", "when"]
+__all__ = ["bounds", "every", "fuse", "repeat", "run_id", "sequence", "turn", "when"]
 
 
 def sequence(*stages: Stage) -> Stage:
@@ -140,7 +146,7 @@ def _repeat(settings: Mapping[str, Any], stages: Sequence[Stage]) -> Stage:
 
     arguments = [over, *(settings[name] for name in ("count", "start", "chunk"))]
     bound = (index,) if over is None else (index, item)
-    runs = _certain(settings)
+    runs = surely_runs(settings)
     shown = [*stages, f"over={over}"] if over else [settings["count"], *stages]
     usual = {"start": 0, "index": "index" if over else "step", "item": "item", "chunk": 1}
     shown += options(settings, usual)
@@ -213,17 +219,6 @@ def run_id() -> str:
     """The run that this thread works for."""
     current = ledger.current()
     return current.run_id if current else ""
-
-
-def _certain(settings: Mapping[str, Any]) -> bool | None:
-    """Whether a loop certainly runs (True), certainly does not (False), or it depends."""
-    if settings["over"] is not None:
-        items = settings["over"].value
-        return None if callable(items) else len(items) > 0
-    start, count = settings["start"].value, settings["count"].value
-    if isinstance(start, int) and isinstance(count, int):
-        return start < count
-    return None
 
 
 def every(period: int, *stages: Stage, index: str = "step") -> Stage:
@@ -302,292 +297,3 @@ def _when(holds: Argument, branches: Sequence[Stage], shown: Sequence[Any] = ())
         again=lambda *parts: _when(holds, parts),
     )
     return dataclasses.replace(made, gives=gives)
-
-
-def ensure(stage: Stage, cleanup: Stage) -> Stage:
-    """Run a stage, and then the cleanup, whatever happens: an error, or Ctrl-C.
-
-    The cleanup finds the context as far as it has come. It runs even if the stage fails at once, so
-    what the stage itself gives must be optional for it (a parameter with a default). What goes
-    wrong in a cleanup after an error becomes a note on that error.
-
-    Example:
-        >>> from crucible.kitchen import Context, stage
-        >>> work = stage("file", host=True)(lambda: "open")
-        >>> close = stage("file", host=True)(lambda file=None: "closed")
-        >>> ensure(work, close)(Context())["file"]
-        'closed'
-    """
-    only_stages("ensure", (stage, cleanup))
-    body = series((stage,))
-
-    def run(context: Context) -> Context:
-        cleaning = False
-        try:
-            context = body(context)
-            with train.hold_interrupts():
-                cleaning = True
-                return cleanup.run(context)
-        except BaseException as error:
-            if cleaning:
-                reached(error, context)
-                raise
-            last = failed_at(error, context)
-            try:
-                with train.hold_interrupts():
-                    try:
-                        cleanup.run(last)
-                    except Exception as also:
-                        error.add_note(f"The cleanup {cleanup} failed too: {also!r}")
-            except KeyboardInterrupt as held:
-                reached(held, last)
-                raise
-            raise
-
-    return combine("ensure", (stage, cleanup), run, apart=True, again=ensure)
-
-
-def retry(
-    stage: Stage,
-    *,
-    attempts: int = 3,
-    backoff: float = 1.0,
-    on: type[Exception] | tuple[type[Exception], ...] = (OSError,),
-) -> Stage:
-    """Run a host stage again when it fails, each time from the context that it started from.
-
-    Args:
-        stage: all of it touches the host: a device stage may have consumed what it was given.
-        attempts: how often to try in all, at least once.
-        backoff: seconds to wait before the second try; twice as long before each that follows.
-        on: the errors to try again after; all others, and the last one, go on.
-
-    Raises:
-        TypeError: `on` is not made of kinds of Exception (Ctrl-C is not one).
-        ValueError: a stage in it runs on the device, or a number is out of range.
-
-    Example:
-        >>> from crucible.kitchen import Context, stage
-        >>> answers = iter([OSError("busy"), "ready"])
-        >>> @stage("answer", host=True)
-        ... def ask():
-        ...     answer = next(answers)
-        ...     if isinstance(answer, OSError):
-        ...         raise answer
-        ...     return answer
-        >>> retry(ask, attempts=2, backoff=0.0)(Context())["answer"]
-        Stage 'ask' failed: OSError: busy. Trying again (2 of 2) in 0 s.
-        'ready'
-    """
-    host_only("retry", stage)
-    if not isinstance(attempts, int) or attempts < 1 or not backoff >= 0:
-        raise ValueError(f"retry(attempts={attempts}, backoff={backoff}): at least 1 and 0 s.")
-    on = on if isinstance(on, tuple) else (on,)
-    if not all(isinstance(kind, type) and issubclass(kind, Exception) for kind in on):
-        raise TypeError(f"retry(on={on}): name kinds of Exception, such as on=(OSError,).")
-    body = series((stage,))
-
-    def run(context: Context) -> Context:
-        for attempt in range(1, attempts + 1):
-            try:
-                return body(context)
-            except on as error:
-                if attempt == attempts:
-                    error.add_note(f"Tried {attempts} time{'s' * (attempts > 1)}.")
-                    raise
-                wait = backoff * 2 ** (attempt - 1)
-                print(
-                    f"Stage {stage.name!r} failed: {type(error).__name__}: {error}. Trying again "
-                    f"({attempt + 1} of {attempts}) in {wait:g} s."
-                )
-                about = {"stage": stage.name, "error": repr(error), "run_id": run_id()}
-                telemetry.emit("stage.retry", {"attempt": attempt}, about)
-            with ledger.waiting():
-                time.sleep(wait)
-        raise AssertionError("unreachable")
-
-    names = ", ".join(kind.__name__ for kind in on)
-    settings = {"attempts": attempts, "backoff": backoff, "on": names}
-    names += "," if len(on) == 1 else ""
-    shown = [stage, f"attempts={attempts}", f"backoff={backoff:g}", f"on=({names})"]
-    again = lambda part: retry(part, attempts=attempts, backoff=backoff, on=on)  # noqa: E731
-    return combine("retry", (stage,), run, settings=settings, shown=shown, again=again)
-
-
-def check(workflow: Stage, given: Iterable[str]) -> None:
-    """Check before anything runs that every stage will find what it needs.
-
-    Args:
-        workflow: any stage.
-        given: the names in the first context.
-
-    Raises:
-        ValueError: something needed is never given; a misspelling is answered.
-    """
-    for problem in wiring_problems(workflow, given):
-        raise ValueError(problem)
-
-
-def wiring_problems(workflow: Stage, given: Iterable[str]) -> list[str]:
-    """What `check` would say, all of it."""
-    given, problems = set(given), []
-    for name in workflow.needs:
-        if name not in given:
-            reader = _first_reader(workflow, name)
-            elsewhere = may_give(workflow)
-            advice = (
-                " It is given only later, or in a loop or branch that may not run: give it a first "
-                f"value, or make the parameter optional ({name}=None)."
-                if name in elsewhere
-                else did_you_mean(name, given | elsewhere)
-            )
-            problems.append(f"{reader} needs {name!r}, which nothing gives before it." + advice)
-    return problems
-
-
-def _first_reader(workflow: Stage, name: str) -> str:
-    for part in workflow.parts:
-        if name in part.needs:
-            return _first_reader(part, name)
-        if name in _undo_needs(part):
-            return f"The rollback of {part.name!r}"
-    return f"Stage {workflow.name!r}" if workflow.fn else f"The condition or count of {workflow}"
-
-
-def _undo_needs(stage: Stage) -> Iterable[str]:
-    """Names that must be in the context for a stage's rollback, beside what the stage gives."""
-    needs = parameters_of(stage.rollback)[0] if stage.rollback is not None else ()
-    return [name for name in needs if name not in (*stage.gives, "error")]
-
-
-def may_give(workflow: Stage) -> set[str]:
-    """All names that a stage may give, on any path; also the numbers and items of its loops."""
-    return {name for part in every_part(workflow) for name in (*part.gives, *_bound(part))}
-
-
-def _bound(stage: Stage) -> Iterable[str]:
-    """Names that a loop gives to its body itself, if it runs."""
-    if stage.kind == "repeat" and _certain(stage.settings) is False:
-        return ()
-    loop = stage.kind in ("repeat", "stream", "async_loop")
-    names = (stage.settings.get(key) for key in ("index", "item", "version") if loop)
-    return [name for name in names if name is not None]
-
-
-def every_part(workflow: Stage) -> Iterable[Stage]:
-    """A stage and all that it is made of, itself first."""
-    yield workflow
-    for part in workflow.parts:
-        yield from every_part(part)
-
-
-def leaves(stages: Iterable[Stage]) -> Iterable[Stage]:
-    """The stages made from functions."""
-    return (part for s in stages for part in every_part(s) if part.fn is not None)
-
-
-class Argument:
-    """A constant, or a function of named values of the context, with its needs."""
-
-    def __init__(self, value: Any, needs: tuple[str, ...] = ()):
-        if isinstance(value, Stage):
-            raise TypeError(f"The stage {value} stands where a value or a plain function belongs.")
-        self.value = value
-        self.needs, self.optional = parameters_of(value) if callable(value) else (needs, ())
-        self._who = str(self) if callable(value) else ""
-
-    def __call__(self, context: Context) -> Any:
-        if not callable(self.value):
-            return self.value
-        return self.value(**take(context, self.needs, self.optional, self._who))
-
-    def but(self, name: str) -> Argument:
-        """What it needs but for a name that it is given by who asks."""
-        other = Argument(None, tuple(n for n in self.needs if n != name))
-        other.optional = tuple(n for n in self.optional if n != name)
-        return other
-
-    def __repr__(self) -> str:
-        name = getattr(self.value, "__name__", "")
-        return (name if name != "<lambda>" else f"λ({', '.join(self.needs)})") or repr(self.value)
-
-
-def options(settings: Mapping[str, Any], usual: Mapping[str, Any]) -> list[str]:
-    """The keyword arguments of an expression: those that are not the usual ones."""
-    values = {name: settings[name] for name in usual if settings[name] is not None}
-    plain = {k: v.value if isinstance(v, Argument) else v for k, v in values.items()}
-    unusual = [k for k, v in plain.items() if callable(v) or v != usual[k]]
-    return [f"{name}={values[name]!r}" for name in unusual]
-
-
-def combine(
-    kind: str,
-    stages: Sequence[Stage],
-    run: Callable[[Context], Context],
-    *,
-    arguments: Sequence[Argument] = (),
-    bound: tuple[str, ...] = (),
-    certain: bool = True,
-    apart: bool = False,
-    settings: Mapping[str, Any] | None = None,
-    shown: Sequence[Any] | None = None,
-    again: Callable[..., Stage],
-) -> Stage:
-    """A stage made of stages.
-
-    Args:
-        kind: the combinator's name.
-        stages: what it is made of.
-        run: what it does.
-        arguments: what it asks of the context before its stages run.
-        bound: names that it gives to its stages itself.
-        certain: whether its stages certainly run.
-        apart: each stage finds only what was there before all of them.
-        settings: what it was given beside stages.
-        shown: the arguments of its expression, if not just the stages.
-        again: makes the same of other stages.
-    """
-    have, needs, optional = set(bound), [], []
-    for argument in arguments:
-        needs += argument.needs
-        optional += argument.optional
-    for part in stages:
-        needs += [name for name in (*part.needs, *_undo_needs(part)) if name not in have]
-        optional += [name for name in part.optional if name not in have]
-        if not apart:
-            have.update(part.gives)
-    gives = [*bound, *(name for part in stages for name in part.gives)] if certain else []
-    return Stage(
-        name=kind,
-        kind=kind,
-        needs=tuple(dict.fromkeys(needs)),
-        optional=tuple(dict.fromkeys(name for name in optional if name not in needs)),
-        gives=tuple(dict.fromkeys(gives)),
-        run=run,
-        host=any(part.host for part in stages),
-        parts=tuple(stages),
-        settings=settings or {},
-        again=again,
-        expression=f"{kind}({', '.join(map(str, stages if shown is None else shown))})",
-    )
-
-
-def host_only(combinator: str, stage: Stage) -> None:
-    """Refuse a stage of which a part runs on the device."""
-    for leaf in leaves(only_stages(combinator, (stage,))):
-        if not leaf.host:
-            raise ValueError(
-                f"{combinator} is for host stages, but {leaf.name!r} runs on the device. If it "
-                "touches the world outside JAX, declare it so: @stage(..., host=True)."
-            )
-
-
-def only_stages(combinator: str, stages: Sequence[Any]) -> Sequence[Stage]:
-    """The same stages, if that is what they are."""
-    for part in stages:
-        if not isinstance(part, Stage):
-            raise TypeError(
-                f"{combinator} takes stages, not {part!r}. Decorate a function with "
-                "@kitchen.stage('what_it_gives')."
-            )
-    return stages

@@ -23,7 +23,7 @@ from crucible.kitchen import (
     timeout,
     when,
 )
-from crucible.kitchen.workflow import every_part, may_give
+from crucible.kitchen.wiring import every_part, may_give
 
 BOUNDED = settings(
     deadline=None,
@@ -275,3 +275,154 @@ def check_fused(pick):
     assert host.seen == seen
     same(dict(whole.slots), before)
     assert whole["m"] is matrix
+
+
+class Chunked:
+    """Bodies of loops that can run in chunks: `pick` chooses."""
+
+    def __init__(self, pick, host, size):
+        self.pick, self.host, self.size = pick, host, size
+
+    def some(self, *makers):
+        return [made for make in makers if self.pick((True, False)) for made in make()]
+
+    def body(self):
+        before = self.some(self.boundary, self.feeders, self.changing_boundary)
+        fed = any("x" in part.gives for part in before)
+        device = [self.device(2, fed) for _ in range(self.pick((1, 2, 3)))]
+        return [*before, *device, measure, *self.some(self.each, self.at_once, self.summing)]
+
+    def boundary(self):
+        period = self.size * self.pick((1, 2))
+        return [every(period, self.host.make(self.pick(("look", "keep"))))]
+
+    def changing_boundary(self):
+        return [every(self.size, self.host.make("number"), widen)]
+
+    def feeders(self):
+        """A host stage for each step, and one that goes on from there."""
+        name = f"feed{next(self.host.numbers)}"
+        kind = self.pick((lambda x: x, np.int32, jnp.asarray))
+
+        def feed(step):
+            self.host.note(name, step)
+            return kind(step % 5), {"w": np.arange(3, dtype=np.int32) * step}
+
+        def further(x, step):
+            self.host.note(f"{name}/further", x, step)
+            return np.int32(x) + np.int32(1), "a text"
+
+        return [
+            stage("x", "row", host=True)(feed),
+            *([stage("y", "text", host=True)(further)] if self.pick((True, False)) else []),
+        ]
+
+    def device(self, depth, fed):
+        kinds = ["leaf", "leaf", "eat"] if fed else ["leaf", "leaf"]
+        kinds += ["every", "when", "repeat", "fuse", "parallel"] if depth else []
+        inside = lambda: [self.device(depth - 1, fed) for _ in range(self.pick((1, 2)))]  # noqa: E731
+        match self.pick(kinds):
+            case "leaf":
+                return self.pick(DEVICE)
+            case "eat":
+                return self.pick((eat, overwrite))
+            case "every":
+                return every(self.pick((2, 3)), *inside())
+            case "when":
+                return when(self.pick(CONDITIONS), *inside(), otherwise=self.pick([None, add]))
+            case "repeat":
+                return repeat(self.pick(COUNTS), *inside(), index=self.pick(("i0", "i1")))
+            case "fuse":
+                return fuse(*inside())
+            case _:
+                left = fuse(*inside())
+                return left if "part" in may_give(left) else parallel(left, probe)
+
+    def each(self):
+        name = f"each{next(self.host.numbers)}"
+
+        def follow(step, metrics, x=None, text=None):
+            self.host.note(name, step, metrics["a"], metrics["v"], -1 if x is None else x)
+            assert text in (None, "a text")
+
+        return self.pick(([stage(host=True)(follow)], [every(2, stage(host=True)(follow))]))
+
+    def at_once(self):
+        """The same whether it follows each step, or all of a chunk."""
+        name = f"once{next(self.host.numbers)}"
+
+        def follow(step, metrics, row=None):
+            self.host.note(name, step, metrics["a"], () if row is None else row["w"])
+
+        def all_of_them(step, metrics, row=None):
+            assert len(metrics["a"]) == len(step)
+            for i, number in enumerate(step):
+                now, rows = jax.tree.map(lambda x, i=i: x[i], (metrics, row))
+                follow(number, now, rows)
+
+        return [stage(host=True, many=all_of_them)(follow)]
+
+    def summing(self):
+        name = f"sum{next(self.host.numbers)}"
+
+        def follow(seen, metrics):
+            self.host.note(name, seen)
+            return seen + int(metrics["a"])
+
+        return [stage("seen", host=True)(follow)]
+
+
+@stage("a")
+def eat(a, x, row):
+    return small(a + x + row["w"].sum())
+
+
+@stage("x")
+def overwrite(x, b):
+    return small(x * 2 + b)
+
+
+@stage("part")
+def probe(a, v):
+    return small(a + v.sum())
+
+
+@stage("metrics")
+def measure(a, v):
+    return {"a": a, "v": v.sum(), "n": None}
+
+
+@BOUNDED
+@given(st.data())
+def test_a_loop_in_chunks_equals_the_loop(data):
+    check_chunks(lambda choices: data.draw(st.sampled_from(choices)))
+
+
+def check_chunks(pick):
+    host, size = Host(), pick((2, 3, 4))
+    body = Chunked(pick, host, size).body()
+    start, stop = pick((0, 1, 3, 4)), pick((0, 4, 5, 9))
+    loop, chunked = (
+        repeat(lambda stop: stop, *body, start=start, chunk=chunk) for chunk in (1, size)
+    )
+    note(f"{chunked}, {start} to {stop}")
+    try:
+        compiled = compile(chunked, donate=pick((True, False)))
+    except ValueError as error:
+        assert "leave chunk out" in str(error).lower()
+        return "refused"
+    numbers = {"i0", "i1"}
+    parts = list(every_part(chunked))
+    given_ = {n for part in parts if part.fn is not None and not part.host for n in part.gives}
+    read = {name for part in parts for name in part.reads}
+
+    def first():
+        return first_context().replace(stop=stop, seen=0)
+
+    plain = loop(first())
+    seen, host.seen = host.seen, {}
+    for _ in range(2):
+        agree(plain, compiled(first()), (given_ & read) | numbers)
+        assert host.seen == seen
+        host.seen = {}
+    return "run"

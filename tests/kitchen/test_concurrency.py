@@ -10,7 +10,6 @@ from crucible.kitchen import (
     Context,
     Ledger,
     async_loop,
-    concurrency,
     parallel,
     repeat,
     retry,
@@ -20,6 +19,7 @@ from crucible.kitchen import (
     timeout,
     when,
 )
+from crucible.kitchen import producer as producers
 from crucible.metrics import Mean
 
 SOON = 10.0  # seconds within which what must happen has happened
@@ -496,7 +496,7 @@ def test_a_stop_iteration_in_the_body_is_an_error():
 
 
 def test_a_producer_that_does_not_end_is_left_behind_with_a_warning(monkeypatch):
-    monkeypatch.setattr(concurrency, "PATIENCE", 0.05)
+    monkeypatch.setattr(producers, "PATIENCE", 0.05)
     release = threading.Event()
 
     def source():

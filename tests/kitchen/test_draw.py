@@ -28,7 +28,7 @@ from crucible.kitchen import (
 from crucible.kitchen.draw import draw, save
 from crucible.kitchen.outline import describe
 from crucible.kitchen.svg import GREY, INK
-from crucible.kitchen.workflow import leaves
+from crucible.kitchen.wiring import leaves
 
 
 @stage("batch", host=True)

@@ -37,7 +37,7 @@ def nothing():
 def test_calls_and_seconds_are_booked_by_stage():
     with Ledger("run").recording() as ledger:
         assert current() is ledger
-        repeat(3, nap, nothing)(Context())
+        repeat(3, nothing, nap)(Context())
     assert current() is None
     assert (ledger.costs["nap"].calls, ledger.costs["nothing"].calls) == (3, 3)
     assert 0.06 <= ledger.costs["nap"].seconds < 1

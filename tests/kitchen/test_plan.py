@@ -30,7 +30,7 @@ from crucible.kitchen import (
     stream,
     when,
 )
-from crucible.kitchen.compile import compile, programs
+from crucible.kitchen.compile import compile
 from crucible.kitchen.costs import count_flops
 from crucible.kitchen.plan import FOUND, plan_workflow
 from crucible.kitchen.recall import recall
@@ -217,8 +217,7 @@ def test_a_rollback_must_find_what_it_needs_after_its_stage():
 
     take = stage("lease", host=True, plan=lambda: 1, rollback=undo)(lambda: 1)
     [found] = problems(take)
-    assert found.startswith("The rollback of 'take'" if take.name == "take" else "The rollback of")
-    assert "needs 'x', which nothing gives before it" in found
+    assert found.startswith("The rollback of '<lambda>' needs 'x', which nothing gives before it.")
     assert problems(take, x=1) == []
     device = stage("lease", rollback=undo)(lambda: 1)
     assert len(problems(device)) == 1
@@ -313,9 +312,7 @@ def test_a_stage_in_two_places_has_two_rows_and_alternatives_are_shown():
         *("program", "to_2", "when λ(flag)", "program", "to_3", "program", "double", "to_2"),
     ]
     assert [depth for _, depth in rows] == [0, 1, 0, 1, 2, 0, 1, 1]
-    assert made.stages[-2].gives == {"y": "float32[2] or float32[3]"} or made.stages[-2].gives == {
-        "y": "float32[3] or float32[2]"
-    }
+    assert made.stages[-2].gives == {"y": "float32[3] or float32[2]"}
 
 
 def test_more_combinations_than_can_be_followed_are_no_problem_and_take_no_time():
@@ -406,7 +403,13 @@ def test_a_plan_is_strict_json():
     said = json.loads(json.dumps(made.to_json(), allow_nan=False))
     assert set(said) == {f.name for f in dataclasses.fields(made)} - {"made"} | {"ok"}
     assert said["ok"] is False
-    assert said["problems"] == [] or said["problems"][0]["stage"] == "broken"
+    assert said["problems"] == [{"stage": "broken", "message": "not\nthis: nan"}]
+    assert said["stages"][-1] == {
+        "name": "broken",
+        "depth": 1,
+        "where": "host",
+        "gives": {"y": "?"},
+    }
     compiled = plan(double, compile=True, x=jnp.ones(2)).to_json()
     costs = json.loads(json.dumps(compiled, allow_nan=False))["programs"][0]["costs"]
     assert costs["argument_bytes"] == costs["output_bytes"] == 8
@@ -471,13 +474,15 @@ def test_values_are_shown_by_their_shapes():
 
 
 def test_the_data_is_shown_and_truncation_counted(recipe):
-    made = kitchen.plan(recipe, eval_fraction=0.25, row_length=40)
-    assert set(made.data) == {"Data", "Held out"}
-    assert "18 examples" in made.data["Data"]
-    assert "truncated" in made.data["Data"]
     whole = kitchen.plan(recipe, eval_fraction=0.25)
-    assert "0 truncated" in whole.data["Data"]
-    assert "0 truncated" not in made.data["Data"] or made.problems
+    assert whole.ok
+    assert set(whole.data) == {"Data", "Held out"}
+    assert "18 examples in 18 rows of 64: 867 tokens" in whole.data["Data"]
+    assert "0 truncated, 0 unsupervised" in whole.data["Data"]
+    cut = kitchen.plan(recipe, eval_fraction=0.25, row_length=40)
+    assert "18 truncated (-147 tokens)" in cut.data["Data"]
+    assert "6 truncated (-50 tokens)" in cut.data["Held out"]
+    assert "18 truncated" in str(cut)
     assert set(kitchen.plan(recipe, eval_fraction=0.0).data) == {"Data"}
 
 
@@ -582,7 +587,6 @@ def test_flops_count_each_turn_of_a_scan_and_the_dearest_branch():
     assert count(jax.checkpoint(scan)) == count(jax.jit(scan)) == 7 * product
     assert count(lambda x: jax.lax.while_loop(lambda x: x[0, 0] > 0, lambda x: x @ x, x)) == product
     assert count(conv) == 2 * (3 * 7 * 7) * (2 * 2)
-    assert count(lambda x: jnp.einsum("ab,cb->c", x, x)) == pytest.approx(2 * 8 * 8, rel=9)
     assert count(jax.grad(lambda x: (x @ x).sum())) == 3 * product
     assert count(lambda x: x + 1) == 0
 
@@ -695,7 +699,7 @@ def test_what_never_leaves_a_program_is_listed():
     assert "never leaves it" in str(made)
     kept = plan(sequence(double, stage("x")(lambda y: y)), keep=("y",), x=ones(2))
     assert kept.programs[0].dropped == ()
-    assert programs(compile(double))[0].name == kept.programs[0].name.split(" + ")[0]
+    assert (kept.programs[0].name, kept.programs[0].gives) == ("double + <lambda>", ("y", "x"))
 
 
 # What the plan has run
@@ -749,7 +753,7 @@ def test_a_run_loads_its_data_once(recipe, monkeypatch):
     loads = []
     original = train.load
     monkeypatch.setattr(train, "load", lambda *a, **k: loads.append(1) or original(*a, **k))
-    kitchen.run(recipe, num_steps=0)
+    kitchen.run(recipe, num_steps=0, eval_every=0)
     assert loads == [1]
 
 

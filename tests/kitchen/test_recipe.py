@@ -2,6 +2,7 @@ import json
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -23,6 +24,8 @@ class Settings:
 
 
 def command_line(monkeypatch, workflow, *arguments):
+    started = SimpleNamespace(name="recipes.nothing")  # by python -m recipes.nothing
+    monkeypatch.setattr(sys.modules["__main__"], "__spec__", started)
     monkeypatch.setattr(sys, "argv", ["recipe", *arguments])
     kitchen.main(kitchen.Recipe(name="nothing", workflow=workflow, config=Settings()))
 

@@ -649,7 +649,6 @@ def test_a_plan_that_fails_leaves_no_trace(tmp_path, monkeypatch):
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.xfail(strict=True, reason="JAX's own note on the error takes the place of ours")
 def test_a_stage_that_does_not_fit_is_named_with_the_shapes_it_was_given():
     @kitchen.stage("z")
     def misfit(x):

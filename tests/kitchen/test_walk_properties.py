@@ -1,4 +1,12 @@
-"""Random workflows: what a plan accepts, and what it says of the shapes, against plain runs."""
+"""Random workflows: what a plan accepts, and what it says of the shapes, against plain runs.
+
+The oracle is the eager run of the workflow itself, in every outcome of its conditions and counts:
+each of them asks `FATE`, which goes through all that it could answer. A cleanup must work wherever
+a host stage of the work fails, so such works fail everywhere in turn.
+
+Left out, since the plan refuses it on purpose: shapes that change at every turn of a loop for ever
+(`test_plan.py` has these). No formula here makes any: there are two shapes and two types.
+"""
 
 import inspect
 import itertools
@@ -239,7 +247,7 @@ def bounded(examples):
     )
 
 
-@bounded(300)
+@bounded(250)
 @given(workflows())
 def test_a_plan_accepts_exactly_the_workflows_that_run_in_every_outcome(workflow):
     runs = runs_in_every_outcome(workflow, Context(**CONTEXT))
@@ -253,7 +261,7 @@ def shapes(context, names="abcdij"):
     return frozenset((name, show_value(context[name])) for name in names if name in context)
 
 
-@bounded(150)
+@bounded(120)
 @given(workflows())
 def test_a_walk_ends_in_exactly_the_shapes_that_plain_runs_end_in(workflow):
     context, ends = Context(**CONTEXT), set()
@@ -279,3 +287,18 @@ def test_a_compiled_run_ends_in_shapes_that_the_plan_foresaw(workflow, fate):
     assume(end is not None)
     assert not isinstance(end, Exception), end
     assert any(shapes(end) <= possible for possible in foreseen)
+
+
+@bounded(60)
+@given(workflows())
+def test_a_plan_depends_on_no_value_of_a_slot(workflow):
+    other = {"n0": -7, "n1": 10**9, "c0": False, "a": np.full(2, np.nan, np.float32)}
+    shapes = {
+        name: jax.ShapeDtypeStruct(np.shape(value), jax.typeof(value).dtype)
+        for name, value in CONTEXT.items()
+        if name != "die"
+    }
+    plans = [planned(workflow, **changes) for changes in ({}, other, shapes)]
+    said = [[(p.stage, p.message) for p in plan.problems] for plan in plans]
+    assert said[0] == said[1] == said[2]
+    assert plans[0].stages == plans[1].stages == plans[2].stages

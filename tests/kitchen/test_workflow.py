@@ -26,7 +26,7 @@ from crucible.kitchen import (
     timeout,
     when,
 )
-from crucible.kitchen.workflow import every_part, may_give, wiring_problems
+from crucible.kitchen.wiring import every_part, may_give, wiring_problems
 
 
 @stage("x")
@@ -108,6 +108,13 @@ def test_a_sequence_runs_in_order_and_computes_its_needs_and_gives():
     assert when(positive, increment, otherwise=stage()(lambda x=0: None)).optional == ()
     assert sequence(increment, double)(Context(x=1))["x"] == 4
     assert sequence(double, increment)(Context(x=1))["x"] == 3
+
+
+def test_a_workflow_that_would_miss_something_does_not_begin():
+    ran = []
+    with pytest.raises(KeyError, match="'sequence' needs 'unknown'"):
+        sequence(stage()(lambda: ran.append(1)), stage()(lambda unknown: None))(Context())
+    assert ran == []
 
 
 def test_zero_repetitions_are_zero_repetitions():
@@ -259,9 +266,13 @@ def test_a_workflow_prints_as_the_expression_that_made_it(expression):
 
 def test_every_combinator_is_printed_above():
     made = [eval(expression) for expression in EXPRESSIONS]
-    modules = (kitchen.workflow, kitchen.concurrency)
-    public = {name: getattr(module, name) for module in modules for name in module.__all__}
-    makers = {n for n, f in public.items() if inspect.signature(f).return_annotation == "Stage"}
+    public = [getattr(kitchen, name) for name in kitchen.__all__]
+    makers = {
+        f.__name__
+        for f in public
+        if inspect.isfunction(f) and inspect.signature(f).return_annotation == "Stage"
+        if ".workflows." not in f.__module__ and f is not compile
+    }
     assert {workflow.kind for workflow in made} == makers
 
 

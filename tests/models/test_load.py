@@ -13,7 +13,14 @@ import pytest
 from gguf import GGMLQuantizationType, GGUFReader, GGUFValueType, GGUFWriter, quants
 from safetensors.numpy import load_file, save_file
 
-from crucible.models import RopeScaling, decoder, load, load_config
+from crucible.models import (
+    RopeScaling,
+    decoder,
+    load,
+    load_config,
+    load_params,
+    load_tokenizer,
+)
 
 FIXTURES = Path(__file__).parents[1] / "fixtures"
 MODELS = ["llama_tied", "llama_untied_rope", "llama_gguf/tiny.gguf"]
@@ -124,8 +131,36 @@ def test_weights_can_be_held_in_half_precision():
     assert {leaf.dtype for leaf in jax.tree.leaves(half)} == {jnp.dtype("bfloat16")}
     rounded = jax.tree.map(lambda leaf: leaf.astype("bfloat16"), full)
     jax.tree.map(np.testing.assert_array_equal, half, rounded)
-    with pytest.raises(ValueError, match="dtype='int8' must be 'float32', 'bfloat16' or"):
-        load(ROPE, dtype="int8")
+    for read in (load, load_params):
+        with pytest.raises(ValueError, match="dtype='int8' must be 'float32', 'bfloat16' or"):
+            read(ROPE, dtype="int8")
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_weights_and_tokenizer_alone_are_those_that_come_together(name):
+    both = load(FIXTURES / name, dtype="bfloat16")
+    params = load_params(FIXTURES / name, dtype="bfloat16")
+    jax.tree.map(np.testing.assert_array_equal, params, both.params)
+    assert {leaf.dtype for leaf in jax.tree.leaves(params)} == {jnp.dtype("bfloat16")}
+    text = "What is the capital of France?"
+    assert load_tokenizer(FIXTURES / name).encode(text) == both.tokenizer.encode(text)
+
+
+def test_weights_are_read_without_the_tokenizer_and_the_tokenizer_without_weights(tmp_path):
+    (tmp_path / "weights").mkdir()
+    (tmp_path / "words").mkdir()
+    for name in ("config.json", "model.safetensors"):
+        shutil.copy(TIED / name, tmp_path / "weights")
+    for name in ("config.json", "tokenizer.json"):
+        shutil.copy(TIED / name, tmp_path / "words")
+    both = load(TIED)
+    params = load_params(tmp_path / "weights")
+    jax.tree.map(np.testing.assert_array_equal, params, both.params)
+    assert load_tokenizer(tmp_path / "words").encode("hello") == both.tokenizer.encode("hello")
+    with pytest.raises(FileNotFoundError, match=r"neither model\.safetensors nor"):
+        load_params(tmp_path / "words")
+    with pytest.raises(FileNotFoundError, match=r"tokenizer\.json does not exist"):
+        load_tokenizer(tmp_path / "weights")
 
 
 def test_loaded_params_can_be_donated():
@@ -363,8 +398,9 @@ def test_a_tokenizer_with_more_ids_than_the_embedding_has_rows_is_refused(tmp_pa
         tensors[EMBED] = tensors[EMBED][:310]
 
     path = with_config(with_tensors(tmp_path, change), tmp_path, vocab_size=310)
-    with pytest.raises(ValueError, match=r"ids go up to 319, past the embedding's 310 rows"):
-        load(path)
+    for read in (load, load_tokenizer):
+        with pytest.raises(ValueError, match=r"ids go up to 319, past the embedding's 310 rows"):
+            read(path)
 
 
 # Files.

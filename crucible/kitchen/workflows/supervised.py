@@ -12,9 +12,10 @@ import jax
 from crucible import models, train
 from crucible.kitchen import stages
 from crucible.kitchen.adapters.pretrained import load_pretrained, pretrained_params
+from crucible.kitchen.guards import ensure
 from crucible.kitchen.ports import unbound
 from crucible.kitchen.stage import Stage, stage
-from crucible.kitchen.workflow import ensure, every, repeat, sequence, when
+from crucible.kitchen.workflow import every, repeat, sequence, when
 
 __all__ = ["PretrainedConfig", "SupervisedConfig", "supervised"]
 
