@@ -154,7 +154,8 @@ class Chunks:
             period = self._period(part)
             if period % size:
                 divisors = [k for k in range(1, min(period, 64) + 1) if period % k == 0]
-                near = f"{max(size, period // size * size)} or {(period // size + 1) * size}"
+                around = {period // size * size, (period // size + 1) * size} - {0}
+                near = " or ".join(map(str, sorted(around)))
                 raise ValueError(
                     f"chunk={size} does not divide the period of {part}, which touches the host. "
                     f"Choose a chunk of {', '.join(map(str, divisors))}, or a period of {near}."
@@ -334,7 +335,9 @@ class Chunks:
         """Time both forms on the first steps, and run these in the faster."""
         size = self.candidate()
         if size == 1 or end - first < size:
-            print(f"chunk: 1 step per dispatch (chunks of {size} do not fit).")
+            none = "no larger chunk divides the periods of its host stages"
+            why = none if size == 1 else f"chunks of {size} do not fit"
+            print(f"chunk: 1 step per dispatch ({why}).")
             return context.replace(chunk=1), first, 1
         count = self._until(first, end, size)
         body = partial(self._timed, size, first, count)

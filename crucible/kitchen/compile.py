@@ -17,7 +17,7 @@ from crucible.kitchen.context import Context
 from crucible.kitchen.programs import Program, claim, share, share_given
 from crucible.kitchen.scope import rolls_back
 from crucible.kitchen.stage import Stage, parameters_of
-from crucible.kitchen.tracing import check_given, exposed, given_by, on_device, only_arrays, trace
+from crucible.kitchen.tracing import check_given, exposed, given_by, only_arrays, trace
 from crucible.kitchen.wiring import every_part, leaves, may_give
 from crucible.kitchen.workflow import sequence
 
@@ -69,8 +69,7 @@ def compile(workflow: Stage, *, keep: Sequence[str] = (), donate: bool = True) -
             read, but to keep an array for later by itself it must copy it (`jax.device_get`).
 
     Raises:
-        ValueError: a `repeat` with chunks has stages that cannot be run in chunks, or a `fuse` some
-            that cannot be part of a program.
+        ValueError: a `repeat` with chunks has stages that cannot be run in chunks.
 
     Example:
         >>> from crucible.kitchen import Context, repeat, stage
@@ -130,8 +129,6 @@ def _body(stages: Sequence[Stage], around: _Around) -> list[Stage]:
     readers.reverse()
     made, group, last = [], [], around.after
     for part, after in zip(parts, readers, strict=True):
-        if part.kind == "fuse":
-            _must_be_traceable(part)
         if part.kind in ("stage", "fuse") and not part.host and part.rollback is None:
             group.append(part)
             last = after
@@ -192,7 +189,8 @@ def _lower(stage: Stage, around: _Around) -> Stage:
             return _remade(stage, (_one(_body([p], inner.beside(o))) for p, o in branches))
         case "async_loop":
             producer, *consumers = parts
-            stop = stage.settings["stop_when"].needs
+            stopping = stage.settings["stop_when"]
+            stop = (*stopping.needs, *stopping.optional)
             everything = {name for part in every_part(stage) for name in part.reads + part.gives}
             made = _body([producer], around.later(producer.gives).beside(everything))
             body = around.beside(producer.reads).later(
@@ -226,15 +224,6 @@ def _passed(workflow: Stage) -> frozenset[str]:
             given = {name for leaf in inside for name in leaf.gives}
             names |= given - set(part.gives) - {name for leaf in inside for name in leaf.reads}
     return frozenset(names)
-
-
-def _must_be_traceable(fused: Stage) -> None:
-    for part in every_part(fused):
-        if not part.parts and not on_device(part):
-            raise ValueError(
-                f"fuse cannot make {part} part of one program, as it can be rolled back. Put it "
-                "before or after."
-            )
 
 
 def _sharing(stage: Stage, names: Sequence[str]) -> Stage:

@@ -123,7 +123,8 @@ class Plan:
         from rich.console import Console
 
         file = io.StringIO()
-        Console(file=file, width=100, highlight=False).print(*self._tables(), sep="\n")
+        console = Console(file=file, force_jupyter=False, width=100, highlight=False)
+        console.print(*self._tables(), sep="\n")
         return file.getvalue().rstrip()
 
     def show(self) -> None:

@@ -178,7 +178,9 @@ def _repeat(stage: Stage, context: Context) -> Context:
         return context
     given = given_by(parts)
     if known:  # the first turn gives what was not there before
-        context, begin = trace(parts, context.replace(**{index: begin})), begin + 1
+        entry = context.replace(**{index: begin})
+        context, begin = trace(parts, entry), begin + 1
+        only_arrays(parts, entry, context)
         if begin == end:
             return context
     else:

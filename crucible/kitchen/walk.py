@@ -169,12 +169,11 @@ class Walk:
     def _have(self, stage: Stage, names: Iterable[str], contexts: Sequence[Context]):
         """The contexts that have what a condition or a count asks for."""
         names = tuple(names)
+        who = f"The condition or count of {_short(str(stage))}"
         for context in contexts:
             for name in names:
                 if name not in context:
-                    self.problems.missing(
-                        self.workflow, f"The condition or count of {stage}", name, context
-                    )
+                    self.problems.missing(self.workflow, who, name, context)
         return [context for context in contexts if all(name in context for name in names)]
 
     def _program(self, stage: Stage, contexts: Sequence[Context], at: _Place) -> list[Context]:
@@ -253,9 +252,9 @@ class Walk:
             if traced := sorted(names.keys() & read):
                 what = ", ".join(f"{name} ({names[name]})" for name in traced)
                 message = (
-                    f"{stage}: a device stage reads what changes its shape at every turn, so it "
-                    f"would be compiled anew each time: {what}. Keep the shape, or read it in a "
-                    "host stage (host=True)."
+                    f"{_short(str(stage))}: a device stage reads what changes its shape at every "
+                    f"turn, so it would be compiled anew each time: {what}. Keep the shape, or "
+                    "read it in a host stage (host=True)."
                 )
                 self.problems.add(stage.name, ValueError(message))
             why = "" if traced else "where its shape changes at every turn"
@@ -290,7 +289,7 @@ class Walk:
             return jax.eval_shape(add_metrics, *metrics)
         except Exception as error:
             given = " and ".join(map(show_value, metrics))
-            where = f"In {stage}: the metrics of its branches, {given}, do not add."
+            where = f"In {_short(str(stage))}: the metrics of its branches, {given}, do not add."
             self.problems.add(stage.name, error, where)
             return Unknown(stage.name)
 
@@ -403,11 +402,17 @@ def _traced(stage: Stage, slots: Mapping[str, Any], static: Mapping[str, Any]) -
     return result if stage.gives else None
 
 
+def _short(text: str) -> str:
+    """An expression in a line."""
+    text = " ".join(text.split())
+    return text if len(text) <= 60 else f"{text[:57]}..."
+
+
 def _title(stage: Stage) -> str:
     """A combinator with the argument that says most."""
     keys = ("count", "over", "source", "period", "condition", "seconds", "attempts", "stop_when")
     said = [str(stage.settings[key]) for key in keys if stage.settings.get(key) is not None]
-    said = [text for text in said if text != "None"]
+    said = [_short(text) for text in said if text != "None"]
     chunk = stage.settings.get("chunk")
     if chunk is not None and chunk.value != 1:
         said.append(f"chunk={chunk}")

@@ -244,8 +244,8 @@ def hold_interrupts() -> Iterator[None]:
         yield
     finally:
         signal.signal(signal.SIGINT, before)
-    if held and callable(before):
-        before(*held[0])
+        if held and callable(before):  # also if the block has failed: its error is the context
+            before(*held[0])
 
 
 def _append_index(path: Path, entry: Mapping[str, Any]) -> None:

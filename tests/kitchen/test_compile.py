@@ -63,7 +63,9 @@ def outputs(program, context):
 
 def test_neighbouring_device_stages_become_one_program():
     look = host()(lambda x: None)
-    workflow = repeat(3, increment, tenfold, look, every(2, tenfold), sequence(increment, increment))
+    workflow = repeat(
+        3, increment, tenfold, look, every(2, tenfold), sequence(increment, increment)
+    )
     compiled = compile(workflow)
     names = [[part.name for part in program.parts] for program in programs(compiled)]
     assert names == [["increment", "tenfold"], ["tenfold"], ["increment", "increment"]]
@@ -156,7 +158,6 @@ def test_what_a_program_replaces_lends_its_memory():
 
 def test_each_turn_lends_its_memory_to_the_next():
     seen = []
-    look = host()(seen.append)
     look = host()(lambda x: seen.append(x))
     last = compile(repeat(3, increment, look))(Context(x=jnp.zeros(1000)))
     assert [x.is_deleted() for x in seen] == [True, True, False]
@@ -262,7 +263,7 @@ def test_a_shape_that_changes_is_not_donated_and_nothing_is_warned_of():
     shape = jax.ShapeDtypeStruct((3,), jnp.int32)
     abstract = Context(x=shape, n=jax.ShapeDtypeStruct((), jnp.int32))
     (fresh,) = programs(compile(shorter))
-    assert fresh.settings["program"].jaxpr(abstract).out_avals[0].shape == (2,)
+    assert fresh.settings["program"].jaxpr(abstract).out_avals[1].shape == (2,)
 
 
 def test_what_is_used_up_is_not_donated():
@@ -347,9 +348,7 @@ def test_what_passes_through_a_program_is_safe():
 
 def test_items_of_a_loop_are_not_overwritten():
     items = [jnp.ones(3), jnp.ones(3)]
-    use = sequence(
-        stage("item")(lambda item: 2 * item), stage("x")(lambda x, item: x + item)
-    )
+    use = sequence(stage("item")(lambda item: 2 * item), stage("x")(lambda x, item: x + item))
     for loop in (repeat(use, over=items), stream(items, use)):
         compiled = compile(loop)
         for _ in range(2):
@@ -485,7 +484,6 @@ def test_tokens_are_counted_though_the_batch_is_replaced():
 
 def test_a_consumed_slot_says_who_took_it_when_and_what_to_do():
     context = Context(x=jnp.zeros(3), y=1)
-    kept = []
     compile(repeat(3, host()(lambda: None), increment))(context)
     message = r"'x' is gone.*stage 'increment' reused its memory.*donate=False"
     for read in (
@@ -498,11 +496,6 @@ def test_a_consumed_slot_says_who_took_it_when_and_what_to_do():
             read()
     assert context["y"] == 1
 
-    @host()
-    def stash(x, step):
-        kept.append(inner)
-
-    inner = None
     later = Context(x=jnp.zeros(3), step=4)
     compile(increment)(later)
     with pytest.raises(RuntimeError, match="reused its memory at step 4"):
@@ -521,9 +514,9 @@ def call(x):
     return jax.pure_callback(fails, jax.ShapeDtypeStruct(x.shape, x.dtype), x) + 1
 
 
-def test_a_program_that_fails_as_it_runs_says_where_and_leaves_the_rest_readable(caplog):
+def test_a_program_that_fails_as_it_runs_says_where_and_leaves_the_rest_readable():
     seen = []
-    cleanup = host()(lambda y, step: seen.append((y, step)))
+    cleanup = host()(lambda y=None, step=None: seen.append((y, step)))
     look = host("y")(lambda x: float(x.sum()))
     workflow = ensure(repeat(5, call, look), cleanup)
     with pytest.raises(Exception, match="of the callback") as caught:
@@ -573,7 +566,7 @@ def test_an_error_while_tracing_names_the_inner_stage_and_the_step():
 
 
 def test_a_missing_slot_is_named_with_the_program():
-    with pytest.raises(KeyError, match="'increment' needs 'x'"):
+    with pytest.raises(KeyError, match=r"'increment \+ tenfold' needs 'x'"):
         compile(sequence(increment, tenfold)).run(Context(z=1))
 
 
@@ -722,7 +715,7 @@ def test_parallel_in_fuse_merges_and_adds_metrics():
 
 def test_fuse_refuses_what_can_be_rolled_back():
     undo = stage("x", rollback=lambda x: None)(lambda x: x + 1)
-    with pytest.raises(ValueError, match=r"rolled back.*before or after"):
+    with pytest.raises(ValueError, match=r"rollback of <lambda>"):
         compile(sequence(fuse(repeat(2, undo))))
 
 

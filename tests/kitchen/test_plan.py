@@ -173,6 +173,9 @@ def test_a_device_stage_that_gives_no_array_or_asks_for_a_value_is_told_what_to_
     assert found.startswith(
         "TypeError: Stage '<lambda>' gives 'text', a str, but runs on the device"
     )
+    [second] = problems(stage("a", "b")(lambda: (1.0, "words")))
+    assert "gives 'b', a str" in second
+    assert problems(stage("pair")(lambda: (1.0, 2.0))) == []
     [problem] = plan(stage("y")(lambda x: 1.0 if x > 0 else 0.0), x=1.0).problems
     assert "declare it @stage(..., host=True)" in problem.error.__notes__[-1]
 
@@ -205,7 +208,8 @@ def test_chunks_that_cannot_be_are_a_problem_and_the_rest_is_planned_all_the_sam
 
 def test_metrics_of_two_branches_that_do_not_add_are_a_problem():
     left, right = (stage("metrics")(f) for f in (lambda x: {"m": x}, lambda y: {"m": y}))
-    [found] = plan(parallel(left, right), x=ones(2), y=ones(3)).problems
+    later = stage("sum")(lambda metrics: metrics["m"])
+    [found] = plan(sequence(parallel(left, right), later), x=ones(2), y=ones(3)).problems
     assert "(2,), (3,)" in found.message
     assert "float32[2] and float32[3], do not add" in found.error.__notes__[0]
     assert problems(parallel(left, right), x=ones(2), y=ones(2)) == []
@@ -338,6 +342,27 @@ def test_a_producer_gives_only_what_it_declares_and_its_consumers_are_checked():
     loop = async_loop(maybe, reads, stop_when=lambda step: step > 3)
     [found] = problems(loop, weight=ones(3), flag=True)
     assert "needs 'extra'" in found
+
+
+def test_branches_of_many_alternatives_are_followed_in_some_and_that_is_said():
+    def sometimes(name):
+        return when(lambda flag: flag, stage(name)(lambda x: x))
+
+    left, right = (sequence(*(sometimes(f"{side}{i}") for i in range(4))) for side in "lr")
+    made = plan(parallel(left, right), x=ones(2), flag=True)
+    assert made.ok
+    assert "more combinations of shapes" in made.notes[0]
+    few = plan(parallel(left.parts[0], right.parts[0]), x=ones(2), flag=True)
+    assert not any("more combinations" in note for note in few.notes)
+
+
+def test_long_expressions_are_cut_short_where_they_are_shown():
+    loop = repeat(stage("y")(lambda item: item), over=[np.ones(100, np.float32)] * 50)
+    row = plan(loop).stages[0]
+    assert row.name.startswith("repeat [array([1., 1.")
+    assert len(row.name) < 70
+    [found] = problems(repeat(lambda n: n, *[double] * 50), x=1.0)
+    assert len(found) < 160
 
 
 def test_an_optional_value_is_absent_on_one_path_and_there_on_the_other():
