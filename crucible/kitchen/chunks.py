@@ -290,7 +290,7 @@ class Chunks:
 
     def _chunk(self, size: int, first: int, count: int, context: Context) -> Context:
         context, feeds, kept = self._ahead(context, first, count)
-        context, rows = self.program(size)(context, stack(feeds, size), first, count)
+        context, rows = self.program(size)(context, stack(feeds, size), *_placed(first, count))
         return self._follow(context, rows, kept, first, count)
 
     def _ahead(self, context: Context, first: int, count: int):
@@ -338,7 +338,7 @@ class Chunks:
             none = "no larger chunk divides the periods of its host stages"
             why = none if size == 1 else f"chunks of {size} do not fit"
             print(f"chunk: 1 step per dispatch ({why}).")
-            return context.replace(chunk=1), first, 1
+            return context.replace(chunk=1) if size == 1 else context, first, 1
         count = self._until(first, end, size)
         body = partial(self._timed, size, first, count)
         context = self._turn(body, context, first, end, count)
@@ -349,7 +349,7 @@ class Chunks:
         stacked = stack(feeds, size)
 
         def chunked(context):
-            return self.program(size)(context, stacked, first, count)[0]
+            return self.program(size)(context, stacked, *_placed(first, count))[0]
 
         def single(context):
             for offset, feed in enumerate(feeds):
@@ -368,7 +368,7 @@ class Chunks:
         )
         context = context.replace(chunk=chosen)
         if chosen == size:
-            context, rows = self.program(size)(context, stacked, first, count)
+            context, rows = self.program(size)(context, stacked, *_placed(first, count))
             return self._follow(context, rows, kept, first, count)
         run = series([*self.device_parts, *self.after])
         for offset, feed in enumerate(feeds):
@@ -392,6 +392,11 @@ class Chunks:
 def _threaded(part: Stage) -> bool:
     """Whether a stage without host stages must run from the host all the same."""
     return not on_device(part) and not rolls_back(part)
+
+
+def _placed(*numbers: int) -> tuple[jax.Array, ...]:
+    """Python ints on the device, by an explicit transfer that keeps their weak type."""
+    return jax.device_put(numbers)
 
 
 def _pick(values: Mapping[str, Any], names: Iterable[str]) -> dict[str, Any]:

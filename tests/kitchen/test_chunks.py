@@ -543,10 +543,9 @@ def test_auto_keeps_the_choice_of_an_earlier_attempt_without_timing(monkeypatch,
 
 def test_auto_takes_single_steps_for_a_run_shorter_than_a_chunk(capsys):
     last = compile(repeat(15, increment, chunk="auto"))(Context(x=jnp.asarray(0)))
-    assert (int(last["x"]), last["chunk"]) == (15, 1)
+    assert int(last["x"]) == 15
     assert "chunk: 1 step per dispatch (chunks of 16 do not fit)." in capsys.readouterr().out
-    last = compile(repeat(15, increment, chunk="auto"))(Context(x=jnp.asarray(0), chunk=None))
-    assert last["chunk"] == 1
+    assert "chunk" not in last  # nothing was measured, so a resumed run may still choose
 
 
 @pytest.mark.parametrize(

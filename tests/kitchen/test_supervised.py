@@ -158,7 +158,8 @@ def test_the_train_step_compiles_once_in_a_whole_run(recipe):
     assert steps.eval_step._cache_size() == 1
 
 
-def test_nothing_crosses_to_or_from_the_device_but_the_batch_and_the_metrics(recipe):
+@pytest.mark.parametrize("chunk", [1, 3])
+def test_nothing_crosses_to_or_from_the_device_but_the_batch_and_the_metrics(recipe, chunk):
     """Implicit transfers are forbidden in the loop; the batch's is explicit, the metrics' is made
     by the stream's own thread."""
 
@@ -178,7 +179,7 @@ def test_nothing_crosses_to_or_from_the_device_but_the_batch_and_the_metrics(rec
         return kitchen.sequence(*before, kitchen.ensure(kitchen.sequence(*parts), cleanup))
 
     try:
-        kitchen.run(dataclasses.replace(recipe, workflow=guarded))
+        kitchen.run(dataclasses.replace(recipe, workflow=guarded), chunk=chunk, eval_every=3)
         jax.config.update("jax_transfer_guard", "disallow")
         with pytest.raises(Exception, match=r"[Dd]isallowed host-to-device"):
             jnp.ones(3) + np.ones(3)
