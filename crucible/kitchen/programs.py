@@ -62,7 +62,7 @@ class Program:
         try:
             slots, donated, kept, static = self._take(context)
             call = (self._variant(static), donated, kept, *extras)
-            batch = _first("batch", donated, kept, *extras)
+            batch = _batch(donated, kept, *extras[:1])
             values, beside = ledger.timed(self.name, self._run, call, batch)
         except BaseException as error:
             self._failed(error, context, {n: slots[n] for n in donated if _is_deleted(donated[n])})
@@ -138,7 +138,7 @@ class Program:
             slots[name].consume(self.name, step)
 
     def _variant(self, static: Mapping[str, Any]) -> Callable[..., Any]:
-        key = tuple([(name, id(value)) for name, value in static.items()])
+        key = tuple([(name, id(value)) for name, value in static.items()]) if static else ()
         function = self._variants.get(key)
         if function is None:
             function = self._variants[key] = self._function(static)
@@ -297,6 +297,9 @@ def _is_deleted(value: Any) -> bool:
     return any(isinstance(x, jax.Array) and x.is_deleted() for x in jax.tree.leaves(value))
 
 
-def _first(name: str, *trees: Any) -> Any:
-    """The first value of this name."""
-    return next((t[name] for t in trees if isinstance(t, Mapping) and name in t), None)
+def _batch(*values: Mapping[str, Any]) -> Any:
+    """The batch, wherever it is."""
+    for named in values:
+        if "batch" in named:
+            return named["batch"]
+    return None

@@ -111,6 +111,9 @@ def make_plan(treedef: Any) -> tuple[Metric, ...]:
     return tuple(plan.values())
 
 
+QUICK, STREAK = 1e-3, 16  # seconds, records
+
+
 class Reader:
     """The thread's side. It never references the Stream, so that a forgotten one is collected.
 
@@ -124,6 +127,7 @@ class Reader:
         self.attempt = attempt
         self.inbox: SimpleQueue[Pushed | _Asked] = SimpleQueue()
         self.handled = 0
+        self.quick = False  # whether the last records came in less than a millisecond each
         self.waiter: tuple[int, SimpleQueue[None]] | None = None  # gets a token from then on
         self.failures: deque[BaseException] = deque()
         self.complaints: deque[str] = deque()
@@ -153,6 +157,7 @@ class Reader:
         """Handle a record when the next one comes, or a request."""
         held: tuple[Pushed, float | None, float] | None = None
         before: float | None = None
+        streak = 0
         while not self.ended:
             item = self.inbox.get()
             if held is not None:
@@ -161,6 +166,8 @@ class Reader:
             if isinstance(item, Pushed):
                 item = item._replace(leaves=_awaited(item.leaves))
                 ready = time.time()
+                streak = streak + 1 if before is not None and ready - before < QUICK else 0
+                self.quick = streak >= STREAK
                 held, before = (item, before, ready), ready
                 continue
             if item.end:

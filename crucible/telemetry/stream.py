@@ -28,6 +28,9 @@ from crucible.telemetry.reader import (
 __all__ = ["Handler", "Record", "Stream"]
 
 
+AHEAD = 16  # times max_pending, for steps of less than a millisecond
+
+
 class Stream:
     """Carries a run's metrics to its handlers without ever making the device wait.
 
@@ -41,7 +44,9 @@ class Stream:
         attempt: number of times this run was resumed.
         max_pending: pushes that may be outstanding before the next one waits, until at most half
             are; at least 2, as the newest one always is. It bounds how many steps, each with its
-            batch, the loop runs ahead of the device; a few keep the device busy.
+            batch, the loop runs ahead of the device; a few keep the device busy. Sixteen times as
+            many while records come in less than a millisecond each: threads that take turns would
+            cost more than such steps.
 
     Attributes:
         waited: seconds that pushes have spent waiting for the reader, so far.
@@ -173,10 +178,11 @@ class Stream:
     def _send(self, pushed: Pushed) -> None:
         """Hand it to the reader, after waiting for room where there is none."""
         reader = self._reader
-        if reader.handled <= self._pushed - self._max_pending:
+        limit = self._max_pending * (AHEAD if reader.quick else 1)
+        if reader.handled <= self._pushed - limit:
             began = time.perf_counter()
             try:  # half, as each wait costs two switches between threads, which few can share
-                reader.wait_for(self._pushed - self._max_pending // 2)
+                reader.wait_for(self._pushed - limit // 2)
             finally:
                 self.waited += time.perf_counter() - began
         reader.inbox.put(pushed)

@@ -230,6 +230,36 @@ def test_a_push_waits_once_max_pending_records_are_outstanding():
     assert pushed == kept.steps == [0, 1, 2, 3, 4, 5]
 
 
+@pytest.mark.parametrize(("quick", "ahead"), [(60.0, 64), (0.0, 4)], ids=["quick", "slow"])
+def test_a_loop_of_quick_steps_may_run_further_ahead(quick, ahead, monkeypatch):
+    monkeypatch.setattr("crucible.telemetry.reader.QUICK", quick)  # seconds a step
+    gate = threading.Event()
+    gate.set()
+    kept = Kept(gate)
+    stream = Stream("run", [kept], max_pending=4)
+    for step in range(200):
+        stream.push(step, {"loss": 1.0})
+    stream.flush()
+    gate.clear()
+    pushed = []
+
+    def loop():
+        for step in range(200, 300):
+            stream.push(step, {"loss": 1.0})
+            pushed.append(step)
+
+    thread = threading.Thread(target=loop)
+    thread.start()
+    wait_until(lambda: len(pushed) >= ahead)
+    time.sleep(0.05)
+    outstanding = len(pushed)
+    gate.set()
+    thread.join(10)
+    stream.close()
+    assert outstanding == ahead
+    assert kept.steps == list(range(300))
+
+
 def test_the_smallest_bound_still_makes_progress():
     kept = Kept()
     with Stream("run", [kept], max_pending=2) as stream:
