@@ -13,6 +13,8 @@ from crucible import cli
 from crucible.kitchen import command
 from tests.conftest import REPOSITORY
 
+pytestmark = pytest.mark.slow  # as a whole: many real runs, or many workflows
+
 TINY = '''\
 """Tiny: a model that learns nothing.
 

@@ -20,6 +20,8 @@ from crucible.kitchen import chunks, stages
 from crucible.kitchen.adapters.datasets import JsonlDataset, ListDataset
 from crucible.metrics import Mean
 
+pytestmark = pytest.mark.slow  # as a whole: many real runs, or many workflows
+
 TINY = models.DecoderConfig(width=16, layers=1, heads=2, kv_heads=1, mlp_width=32)
 SMALL = kitchen.Recipe(
     name="small",

@@ -13,6 +13,7 @@ import itertools
 
 import jax
 import numpy as np
+import pytest
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 
@@ -32,6 +33,8 @@ from crucible.kitchen import (
 from crucible.kitchen.plan import plan_workflow
 from crucible.kitchen.shapes import show_value
 from crucible.kitchen.walk import Walk
+
+pytestmark = pytest.mark.slow  # as a whole: many real runs, or many workflows
 
 NAMES = "abcd"
 SHAPES = {"2": (2,), "3": (3,)}
