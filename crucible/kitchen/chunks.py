@@ -14,9 +14,9 @@ import jax.numpy as jnp
 from jax import lax
 
 from crucible.kitchen import ledger
-from crucible.kitchen.context import Context
+from crucible.kitchen.context import Context, is_slot
 from crucible.kitchen.programs import Program
-from crucible.kitchen.rows import cut, is_slot, stack, unstack
+from crucible.kitchen.rows import cut, stack, unstack
 from crucible.kitchen.scope import reached, rolls_back, series
 from crucible.kitchen.stage import Stage, take
 from crucible.kitchen.tracing import (

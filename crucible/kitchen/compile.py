@@ -18,7 +18,7 @@ from crucible.kitchen.programs import Program, claim, share, share_given
 from crucible.kitchen.scope import rolls_back
 from crucible.kitchen.stage import Stage, parameters_of
 from crucible.kitchen.tracing import check_given, exposed, given_by, only_arrays, trace
-from crucible.kitchen.wiring import every_part, leaves, may_give
+from crucible.kitchen.wiring import decided, every_part, leaves, may_give
 from crucible.kitchen.workflow import sequence
 
 __all__ = ["compile", "programs"]
@@ -145,9 +145,7 @@ def _body(stages: Sequence[Stage], around: _Around) -> list[Stage]:
 def flat(stages: Iterable[Stage]) -> Iterable[Stage]:
     """Stages in a row without the sequences around them and what is decided already."""
     for stage in stages:
-        decided = stage.kind == "when" and not callable(stage.settings["condition"].value)
-        always = stage.kind == "every" and stage.settings["period"] < 2
-        if (stage.kind == "sequence" and not rolls_back(stage)) or decided or always:
+        if (stage.kind == "sequence" and not rolls_back(stage)) or decided(stage):
             yield from flat(stage.parts)
         else:
             yield stage

@@ -10,7 +10,7 @@ import numpy as np
 
 from crucible.kitchen.words import did_you_mean
 
-__all__ = ["Context"]
+__all__ = ["Context", "Slot", "gone", "is_slot"]
 
 _NUMPY = (np.ndarray, np.generic)
 _ARRAYS = (jax.Array, *_NUMPY, jax.ShapeDtypeStruct, bool, int, float, complex)
@@ -185,7 +185,7 @@ class Context(Mapping[str, Any]):
     def _sorted(self, values):
         slots, resources = dict(self._slots), self.resources
         for name, value in values.items():
-            if type(value) is int or _is_arrays(value):
+            if type(value) is int or is_slot(value):
                 slots[name] = Slot(value)
                 if name in resources:
                     resources = {k: v for k, v in resources.items() if k != name}
@@ -205,7 +205,8 @@ class Context(Mapping[str, Any]):
         object.__setattr__(self, "resources", resources)
 
 
-def _is_arrays(value: Any) -> bool:
+def is_slot(value: Any) -> bool:
+    """Whether a context takes a value for arrays, and not for a host object."""
     if isinstance(value, Iterator):
         return False
     return all(

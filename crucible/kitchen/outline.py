@@ -10,7 +10,7 @@ from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from crucible.kitchen.stage import Stage
-from crucible.kitchen.wiring import Argument, leaves, may_give
+from crucible.kitchen.wiring import Argument, decided, leaves, may_give
 from crucible.kitchen.workflow import sequence
 
 __all__ = ["Node", "Words", "describe", "outline"]
@@ -144,9 +144,7 @@ def outline(workflow: Stage) -> tuple[Node, ...]:
 def _row(stages: Iterable[Stage]) -> Iterator[Stage]:
     """Stages in a row, without the sequences around them, and what is decided already."""
     for stage in stages:
-        decided = stage.kind == "when" and not callable(stage.settings["condition"].value)
-        always = stage.kind == "every" and stage.settings["period"] < 2
-        if stage.kind == "sequence" or decided or always:
+        if stage.kind == "sequence" or decided(stage):
             yield from _row(stage.parts)
         elif any(True for _ in leaves((stage,))):
             yield stage

@@ -7,8 +7,7 @@ from typing import NamedTuple
 
 from crucible.kitchen.context import Context
 from crucible.kitchen.stage import Stage
-from crucible.kitchen.wiring import may_give
-from crucible.kitchen.words import did_you_mean
+from crucible.kitchen.wiring import unmet
 
 __all__ = ["Problem", "Problems"]
 
@@ -54,11 +53,4 @@ class Problems:
 
     def missing(self, workflow: Stage, who: str, name: str, context: Context) -> None:
         """Somebody in a workflow does not find what he needs."""
-        elsewhere = may_give(workflow)
-        advice = (
-            " It is given only later, or in a loop or branch that may not run: give it a first "
-            f"value, or make the parameter optional ({name}=None)."
-            if name in elsewhere
-            else did_you_mean(name, {*context, *elsewhere})
-        )
-        self.add(who, ValueError(f"{who} needs {name!r}, which nothing gives before it." + advice))
+        self.add(who, ValueError(unmet(who, name, workflow, context)))

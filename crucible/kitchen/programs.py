@@ -13,7 +13,7 @@ from crucible.kitchen import ledger
 from crucible.kitchen.context import Context, Slot, gone
 from crucible.kitchen.scope import reached
 from crucible.kitchen.stage import advise, missing
-from crucible.kitchen.tracing import describe_leaf
+from crucible.kitchen.tracing import describe_leaf, is_weak
 
 __all__ = ["Program", "claim", "share", "share_given"]
 
@@ -161,7 +161,7 @@ class Program:
     def _compare(self, slots: Mapping[str, Any], static: Mapping[str, Any]) -> tuple[str, ...]:
         """What differs from the last trace, leaf by leaf."""
         now = {
-            name + jax.tree_util.keystr(path): "weak " * _is_weak(leaf) + describe_leaf(leaf)
+            name + jax.tree_util.keystr(path): "weak " * is_weak(leaf) + describe_leaf(leaf)
             for name, value in slots.items()
             for path, leaf in jax.tree_util.tree_leaves_with_path(value)
         }
@@ -287,10 +287,6 @@ def _fits(old: Any, new: Any) -> bool:
     return sorted(map(describe_leaf, jax.tree.leaves(old))) == sorted(
         map(describe_leaf, jax.tree.leaves(new))
     )
-
-
-def _is_weak(leaf: Any) -> bool:
-    return getattr(jax.typeof(leaf), "weak_type", False)
 
 
 def _is_deleted(value: Any) -> bool:

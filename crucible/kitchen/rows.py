@@ -9,10 +9,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from crucible.kitchen.context import Context
+from crucible.kitchen.context import is_slot
 from crucible.kitchen.tracing import describe_leaf
 
-__all__ = ["cut", "is_slot", "stack", "unstack"]
+__all__ = ["cut", "stack", "unstack"]
 
 
 def stack(rows: Sequence[Mapping[str, Any]], size: int) -> dict[str, Any]:
@@ -51,11 +51,6 @@ def _stacked(name: str, values: list[Any]) -> Any:
                 "arrays only. Turn it into arrays, or leave chunk out."
             )
     return jax.tree_util.tree_map_with_path(join, *values)
-
-
-def is_slot(value: Any) -> bool:
-    """Whether a context would take it for a slot."""
-    return "value" in Context(value=value).cells
 
 
 def cut(rows: Any, count: int) -> Any:

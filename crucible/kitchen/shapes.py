@@ -9,15 +9,14 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from crucible.kitchen.context import Context
-from crucible.kitchen.tracing import describe_leaf
+from crucible.kitchen.context import Context, is_slot
+from crucible.kitchen.tracing import describe_leaf, is_weak
 
 __all__ = [
     "Signatures",
     "Unknown",
     "few",
     "is_abstract",
-    "is_slot",
     "show_bytes",
     "show_count",
     "show_value",
@@ -72,7 +71,7 @@ def _signed(value: Any) -> Any:
     if not is_slot(value):
         return value if isinstance(value, Unknown) else id(value)
     leaves, structure = jax.tree.flatten(value)
-    weak = [getattr(jax.typeof(x), "weak_type", False) for x in leaves]
+    weak = [is_weak(x) for x in leaves]
     return structure, tuple(zip(map(describe_leaf, leaves), weak, strict=True))
 
 
@@ -88,11 +87,6 @@ def few(contexts: Sequence[Context], most: int, signatures: Signatures) -> list[
         (others if items <= seen else chosen).append(context)
         seen |= items
     return [*chosen, *others][:most]
-
-
-def is_slot(value: Any) -> bool:
-    """Whether a context takes it for arrays, and not for a host object."""
-    return bool(Context(value=value).slots)
 
 
 def is_abstract(value: Any) -> bool:

@@ -24,6 +24,7 @@ __all__ = [
     "describe_leaf",
     "exposed",
     "given_by",
+    "is_weak",
     "loop",
     "on_device",
     "only_arrays",
@@ -256,8 +257,12 @@ def advance(turn: Callable[[Any], Any], values: Mapping[str, Any], where: str) -
 def _strong(leaf: Any) -> jax.Array:
     """An array whose type no later promotion can change."""
     array = jnp.asarray(leaf)
-    weak = getattr(jax.typeof(array), "weak_type", False)
-    return lax.convert_element_type(array, array.dtype) if weak else array
+    return lax.convert_element_type(array, array.dtype) if is_weak(array) else array
+
+
+def is_weak(leaf: Any) -> bool:
+    """Whether a leaf takes another's type when they meet, as a Python number does."""
+    return getattr(jax.typeof(leaf), "weak_type", False)
 
 
 def describe_leaf(leaf: Any) -> str:

@@ -6,8 +6,8 @@ import itertools
 from collections.abc import Callable, Iterable, Sequence, Sized
 from typing import Any
 
-from crucible.kitchen.context import Context
-from crucible.kitchen.shapes import Signatures, Unknown, is_slot, show_value
+from crucible.kitchen.context import Context, is_slot
+from crucible.kitchen.shapes import Signatures, Unknown, show_value
 from crucible.kitchen.stage import Stage
 
 __all__ = ["ROUNDS", "Changing", "Turn", "any_number", "exactly", "known_turns", "unknown_turn"]

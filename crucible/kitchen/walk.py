@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 import jax
 
 from crucible.kitchen.concurrency import add_metrics
-from crucible.kitchen.context import Context
+from crucible.kitchen.context import Context, is_slot
 from crucible.kitchen.problems import Problem, Problems
 from crucible.kitchen.recall import Made, identical, recall
 from crucible.kitchen.shapes import (
@@ -28,7 +28,6 @@ from crucible.kitchen.shapes import (
     Unknown,
     few,
     is_abstract,
-    is_slot,
     show_value,
     show_values,
 )

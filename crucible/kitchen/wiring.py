@@ -13,6 +13,7 @@ __all__ = [
     "Argument",
     "check",
     "combine",
+    "decided",
     "every_part",
     "host_only",
     "leaves",
@@ -20,6 +21,7 @@ __all__ = [
     "only_stages",
     "options",
     "surely_runs",
+    "unmet",
     "wiring_problems",
 ]
 
@@ -44,15 +46,27 @@ def wiring_problems(workflow: Stage, given: Iterable[str]) -> list[str]:
     for name in workflow.needs:
         if name not in given:
             reader = _first_reader(workflow, name)
-            elsewhere = may_give(workflow)
-            advice = (
-                " It is given only later, or in a loop or branch that may not run: give it a first "
-                f"value, or make the parameter optional ({name}=None)."
-                if name in elsewhere
-                else did_you_mean(name, given | elsewhere)
-            )
-            problems.append(f"{reader} needs {name!r}, which nothing gives before it." + advice)
+            problems.append(unmet(reader, name, workflow, given))
     return problems
+
+
+def unmet(who: str, name: str, workflow: Stage, given: Iterable[str]) -> str:
+    """What to say of somebody in a workflow who needs a name that is not among those given."""
+    elsewhere = may_give(workflow)
+    advice = (
+        " It is given only later, or in a loop or branch that may not run: give it a first "
+        f"value, or make the parameter optional ({name}=None)."
+        if name in elsewhere
+        else did_you_mean(name, {*given, *elsewhere})
+    )
+    return f"{who} needs {name!r}, which nothing gives before it." + advice
+
+
+def decided(stage: Stage) -> bool:
+    """Whether it is known when it is built which parts of a condition run, and always."""
+    if stage.kind == "when":
+        return not callable(stage.settings["condition"].value)
+    return stage.kind == "every" and stage.settings["period"] < 2
 
 
 def _first_reader(workflow: Stage, name: str) -> str:
